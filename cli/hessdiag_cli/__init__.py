@@ -1,0 +1,1 @@
+"""The terminal front of hessdiag: one file per command, each parses, calls and prints."""

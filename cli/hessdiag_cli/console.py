@@ -1,0 +1,52 @@
+"""The terminal's two streams: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+from typer import Option
+
+Json = Annotated[bool, Option("--json", help="Print one JSON document and nothing else.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="No notices and no progress on stderr.")]
+Verbose = Annotated[bool, Option("--verbose", "-v", help="Say more on stderr.")]
+Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
+
+WIDTH_OFF_TERMINAL = 100
+
+
+def width() -> int:
+    """Columns to lay a table out in: the terminal's, or 100 where there is none."""
+    if not sys.stdout.isatty():
+        return WIDTH_OFF_TERMINAL
+    try:
+        return max(60, os.get_terminal_size(sys.stdout.fileno()).columns)
+    except OSError:
+        return WIDTH_OFF_TERMINAL
+
+
+def emit(text: str) -> None:
+    """Print a result to stdout."""
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    sys.stdout.flush()
+
+
+def notice(text: str, *, quiet: bool = False) -> None:
+    """Print a notice to stderr, unless the user asked for quiet."""
+    if not quiet:
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
+def fail(text: str) -> None:
+    """Print an error to stderr, in a panel."""
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    terminal = sys.stderr.isatty()
+    screen = Console(
+        stderr=True, width=None if terminal else WIDTH_OFF_TERMINAL, highlight=False, soft_wrap=False
+    )
+    screen.print(Panel(Text(text), title="hessdiag: error", title_align="left", border_style="red"))

@@ -1,0 +1,48 @@
+"""The checkpoint and the task that a command line names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hessdiag.errors import OptionError
+
+if TYPE_CHECKING:
+    from hessdiag.checkpoint import Checkpoint
+    from hessdiag.resolve import Resolution
+
+
+def find_task(
+    checkpoint: Checkpoint, reference: str | None, arguments: Sequence[str]
+) -> Resolution:
+    """The task for a checkpoint by the documented order; no user code runs yet.
+
+    Raises:
+        TaskError: There is none; the message says what the file is and what would work.
+    """
+    from hessdiag.resolve import resolve
+
+    return resolve(
+        reference,
+        cwd=Path.cwd(),
+        environ=os.environ,
+        checkpoint=checkpoint,
+        task_args=parse_arguments(arguments),
+    )
+
+
+def parse_arguments(arguments: Sequence[str]) -> dict[str, str]:
+    """``key=value`` pairs as a mapping.
+
+    Raises:
+        OptionError: A pair has no ``=``, or no name.
+    """
+    parsed = {}
+    for argument in arguments:
+        key, separator, value = argument.partition("=")
+        if not separator or not key.isidentifier():
+            raise OptionError(f"--task-arg {argument!r} is not key=value, such as width=64")
+        parsed[key] = value
+    return parsed

@@ -1,0 +1,47 @@
+"""``hessdiag show``: the tables of a stored run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from hessdiag_cli import console
+from hessdiag_cli.console import Debug, Json, Quiet, Verbose
+
+
+def show(
+    run: Annotated[Path, Argument(metavar="RUN", help="A run file, as `analyze` writes it.")],
+    variant: Annotated[
+        str | None, Option("--variant", help="Show this variant; by default raw, all with --json.")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Print the table of a stored run.
+
+    Example: hessdiag show model.h5
+    """
+    import difflib
+
+    from hessdiag.errors import OptionError
+    from hessdiag.store import read_run
+    from hessdiag.tables import summary_table
+
+    found = read_run(run)
+    if variant is not None and variant not in found.variants:
+        near = difflib.get_close_matches(variant, found.variants, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise OptionError(
+            f"{run} has no variant {variant!r}; {hint}it has: {', '.join(found.variants)}"
+        )
+    if json:
+        import dataclasses
+
+        kept = found.variants if variant is None else (variant,)
+        console.emit(dataclasses.replace(found, variants=kept).to_json())
+    else:
+        console.emit(summary_table(found, variant=variant or "raw", width=console.width()))

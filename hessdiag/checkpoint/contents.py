@@ -1,0 +1,199 @@
+"""What a checkpoint holds once it is read: weights, optimizer state, and what was left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hessdiag.errors import CheckpointError
+
+WEIGHT_KEYS = (
+    "model_state_dict",
+    "state_dict",
+    "model",
+    "model_state",
+    "network",
+    "net",
+    "module",
+    "weights",
+)
+OPTIMIZER_KEYS = (
+    "optimizer_state_dict",
+    "optimizer",
+    "optimizer_state",
+    "optim_state_dict",
+    "optim",
+    "opt",
+    "opt_state_dict",
+    "optimizers",
+    "optimizer_states",
+)
+STEP_KEYS = ("step", "global_step", "iteration", "steps")
+EXTRA_STATE = "_extra_state"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on the CPU, in the names that its file uses.
+
+    Attributes:
+        path: The file.
+        format: What the file is, in words for a person.
+        weights: Every tensor of the network's state dict, by its name in the file.
+        optimizer: The optimizer's raw ``state_dict()``, where there is one.
+        task: The reference under ``hessdiag.task`` in the file; it is a stranger's word.
+        step: Training steps done, where the file says.
+        notices: What a user should know about how the file was read.
+    """
+
+    path: Path
+    format: str
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any] | None = None
+    task: str | None = None
+    step: int | None = None
+    notices: list[str] = field(default_factory=list)
+
+
+def interpret(loaded: object, path: Path, container: str) -> Checkpoint:
+    """Find the weights and the optimizer's state in what a torch file held.
+
+    Args:
+        loaded: The unpickled object, on the CPU.
+        path: Its file, for messages.
+        container: How the file was stored, in brackets after the format's name.
+
+    Raises:
+        CheckpointError: There is no network's state in it, or more than one.
+    """
+    if isinstance(loaded, nn.Module):
+        notices: list[str] = []
+        weights = _tensors(loaded.state_dict(), notices)
+        return Checkpoint(path, f"pickled module ({container})", weights, notices=notices)
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(
+            f"{path} holds a {type(loaded).__name__}, not the weights of a network; "
+            "save model.state_dict() with torch.save"
+        )
+    if _is_optimizer(loaded):
+        raise CheckpointError(
+            f"{path} holds an optimizer's state and no weights; save "
+            '{"model": model.state_dict(), "optimizer": optimizer.state_dict()} with torch.save'
+        )
+    notices = []
+    key = _weights_key(loaded, path, notices)
+    if key is None:
+        state: Mapping[Any, Any] = {k: v for k, v in loaded.items() if k != "hessdiag"}
+        weights, name = _tensors(state, notices), "state dict"
+    else:
+        held = loaded[key]
+        weights = _tensors(held.state_dict() if isinstance(held, nn.Module) else held, notices)
+        name = "training checkpoint"
+    if not weights:
+        raise CheckpointError(
+            f"{path} holds no weights (keys: {_listed(loaded)}); "
+            "save model.state_dict() with torch.save"
+        )
+    return Checkpoint(
+        path,
+        f"{name} ({container})",
+        weights,
+        optimizer=_optimizer(loaded, notices) if key is not None else None,
+        task=_task(loaded),
+        step=_step(loaded),
+        notices=notices,
+    )
+
+
+def _weights_key(loaded: Mapping[Any, Any], path: Path, notices: list[str]) -> Any:
+    """The key of the network's state in a training dict; None if this is a state dict itself."""
+    inner = [k for k, v in loaded.items() if isinstance(v, nn.Module) or _is_state_dict(v)]
+    known = [k for k in WEIGHT_KEYS if k in inner]
+    if not inner or (not known and any(isinstance(v, Tensor) for v in loaded.values())):
+        return None
+    if not known and len(inner) > 1:
+        raise CheckpointError(
+            f"{path} holds several networks ({', '.join(map(str, inner))}) and none under a usual "
+            f"name ({', '.join(WEIGHT_KEYS[:3])}, …); save the one to diagnose on its own"
+        )
+    key = known[0] if known else inner[0]
+    others = [str(k) for k in inner if k != key]
+    if others or not known:
+        unused = f"; it also holds {', '.join(others)}, not used" if others else ""
+        notices.append(f"the weights are those under {str(key)!r} in the file{unused}")
+    return key
+
+
+def _is_state_dict(value: object) -> bool:
+    """Flat, named, and at least one tensor: not an optimizer's state, which nests."""
+    return (
+        isinstance(value, Mapping)
+        and all(isinstance(name, str) for name in value)
+        and any(isinstance(v, Tensor | np.ndarray) for v in value.values())
+    )
+
+
+def _is_optimizer(value: object) -> bool:
+    return isinstance(value, Mapping) and "state" in value and "param_groups" in value
+
+
+def _tensors(state: Mapping[Any, Any], notices: list[str]) -> dict[str, Tensor]:
+    """The tensors of a state dict; the rest is named in a notice."""
+    weights: dict[str, Tensor] = {}
+    dropped: list[str] = []
+    for name, value in state.items():
+        if str(name).rsplit(".", 1)[-1] == EXTRA_STATE:
+            dropped.append(str(name))
+        elif isinstance(value, Tensor):
+            weights[str(name)] = value.detach()
+        elif isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+            weights[str(name)] = torch.from_numpy(value)
+        else:
+            dropped.append(str(name))
+    if dropped and weights:
+        notices.append(
+            f"left out {len(dropped)} entries of the file that are no weights: {_listed(dropped)}"
+        )
+    return weights
+
+
+def _optimizer(loaded: Mapping[Any, Any], notices: list[str]) -> dict[str, Any] | None:
+    for key in OPTIMIZER_KEYS:
+        held = loaded.get(key)
+        found = [held] if isinstance(held, Mapping) else held
+        if not isinstance(found, list | tuple) or not found:
+            continue
+        if len(found) > 1:
+            notices.append(f"{key!r} holds {len(found)} optimizers; their state is not used")
+        elif _is_optimizer(found[0]):
+            return dict(found[0])
+        else:
+            notices.append(f"{key!r} holds no optimizer.state_dict(); it is not used")
+    return None
+
+
+def _task(loaded: Mapping[Any, Any]) -> str | None:
+    own = loaded.get("hessdiag")
+    task = own.get("task") if isinstance(own, Mapping) else None
+    return task if isinstance(task, str) else None
+
+
+def _step(loaded: Mapping[Any, Any]) -> int | None:
+    for key in STEP_KEYS:
+        value = loaded.get(key)
+        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point():
+            value = value.item()
+        if isinstance(value, int | np.integer) and not isinstance(value, bool):
+            return int(value)
+    return None
+
+
+def _listed(names: Any, limit: int = 8) -> str:
+    shown = [str(name) for name in names]
+    return ", ".join(shown[:limit]) + (", …" if len(shown) > limit else "")

@@ -1,0 +1,176 @@
+"""How a product over the dataset is computed: graphs kept in memory, or built again each time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hessdiag.curvature.ggn import ggn_product
+from hessdiag.curvature.hessian import BatchProduct, hessian_product
+from hessdiag.curvature.objective import Objective, flatten, only, unflatten, zeros
+from hessdiag.data import leaves
+from hessdiag.errors import SelfCheckFailed, TaskError
+from hessdiag.options import Curvature, EngineName
+from hessdiag_probes.types import Vector
+
+BuildProduct = Callable[[Objective, Any, Sequence[nn.Parameter]], BatchProduct | None]
+BUILD: dict[Curvature, BuildProduct] = {"hessian": hessian_product, "ggn": ggn_product}
+
+
+class Engine(Protocol):
+    """``v -> C v`` over the dataset for one block; linear, and free of side effects."""
+
+    name: str
+
+    def __call__(self, vector: Vector, /) -> Vector:
+        """The product, flattened in the order of the block's parameters."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Builds every batch's graph again for every product: one batch in memory at a time."""
+
+    objective: Objective
+    parameters: Sequence[nn.Parameter]
+    build: BuildProduct
+    name: str = "recompute"
+
+    def __call__(self, vector: Vector, /) -> Vector:
+        total = zeros(self.parameters)
+        pieces = unflatten(vector, self.parameters)
+        with only(self.objective.model, self.parameters):
+            for batch, share in self.objective:
+                product = _guarded(self.build, self.objective, batch, self.parameters)
+                if product is not None:
+                    total += share * flatten(_run(product, pieces))
+        return total
+
+
+class Kept:
+    """Keeps every batch's graph: a product is backward passes only, about two gradients."""
+
+    name = "kept"
+
+    def __init__(
+        self, objective: Objective, parameters: Sequence[nn.Parameter], build: BuildProduct
+    ) -> None:
+        self.model = objective.model
+        self.parameters = parameters
+        self.products: list[tuple[BatchProduct, float]] = []
+        with only(objective.model, parameters):
+            for batch, share in objective:
+                product = _guarded(build, objective, batch, parameters)
+                if product is not None:
+                    self.products.append((product, share))
+
+    def __call__(self, vector: Vector, /) -> Vector:
+        total = zeros(self.parameters)
+        pieces = unflatten(vector, self.parameters)
+        with only(self.model, self.parameters):
+            for product, share in self.products:
+                total += share * flatten(_run(product, pieces))
+        return total
+
+
+def _guarded(
+    build: BuildProduct, objective: Objective, batch: Any, parameters: Sequence[nn.Parameter]
+) -> BatchProduct | None:
+    try:
+        return build(objective, batch, parameters)
+    except (TaskError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        raise SelfCheckFailed(_no_second_derivative(error)) from error
+
+
+def _run(product: BatchProduct, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
+    try:
+        return product(pieces)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise SelfCheckFailed(_no_second_derivative(error)) from error
+
+
+def _no_second_derivative(error: RuntimeError) -> str:
+    return (
+        f"the loss cannot be differentiated twice: {error}\n"
+        "Replace the operation that has no double backward by plain torch operations (an eager "
+        "version of a fused kernel; non-reentrant activation checkpointing)."
+    )
+
+
+def make_engine(
+    objective: Objective,
+    parameters: Sequence[nn.Parameter],
+    *,
+    curvature: Curvature,
+    engine: EngineName = "auto",
+    memory_budget: int | None = None,
+) -> Engine:
+    """The engine asked for; ``auto`` keeps the graphs when they fit the memory budget.
+
+    Cost:
+        ``auto`` measures the graph of the largest batch: one forward and backward.
+    """
+    build = BUILD[curvature]
+    if engine == "auto":
+        device = parameters[0].device
+        budget = free_memory(device) // 2 if memory_budget is None else memory_budget
+        needed = graph_bytes(objective, parameters, build)
+        engine = "kept" if needed <= budget else "recompute"
+    if engine == "kept":
+        return Kept(objective, parameters, build)
+    return Recompute(objective, parameters, build)
+
+
+def graph_bytes(
+    objective: Objective, parameters: Sequence[nn.Parameter], build: BuildProduct
+) -> int:
+    """Bytes that the kept graphs of the whole dataset would hold beyond data and parameters.
+
+    Measured on the batch with the most values and scaled by the number of values.
+    """
+    sizes = [sum(t.numel() for t in leaves(batch)) for batch, _ in objective]
+    largest = max(range(len(sizes)), key=sizes.__getitem__)
+    batch = objective.batches.items[largest]
+    with only(objective.model, parameters), _saved_bytes() as storages:
+        product = _guarded(build, objective, batch, parameters)
+    held = sum(storages.values())
+    del product
+    return int(held * sum(sizes) / max(sizes[largest], 1))
+
+
+@contextmanager
+def _saved_bytes() -> Iterator[dict[int, int]]:
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.layout == torch.strided:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield storages
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free for new tensors on the device (CPU: what the system calls available)."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:  # noqa: PTH123
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 2 * 2**30

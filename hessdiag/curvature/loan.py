@@ -1,0 +1,190 @@
+"""The user's model on loan: in another dtype, on another device, and returned bit for bit."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hessdiag.data import convert
+from hessdiag.errors import InputError
+
+# Module tables that a forward may legally change; shallow copies of them are put back.
+_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The network inside ``torch.compile`` and (Distributed)DataParallel wrappers."""
+    while True:
+        if "_orig_mod" in model._modules:
+            inner = model._modules["_orig_mod"]
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        else:
+            return model
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+@contextmanager
+def loan(
+    modules: Sequence[nn.Module], *, mode: str, dtype: torch.dtype, device: torch.device
+) -> Iterator[None]:
+    """Change the modules in place for the analysis and undo everything, also after an error.
+
+    Inside, parameters and buffers are copies in ``dtype`` on ``device``, gradients are off for
+    every parameter, and the mode is set. Parameter objects stay the same objects, so closures
+    over them keep working. Afterwards parameters (the same storage), buffers, ``.grad``,
+    ``requires_grad``, modes, plain attributes and the global random states are what they were.
+
+    Raises:
+        InputError: A parameter is complex or has no data yet.
+    """
+    every = list(dict.fromkeys(module for root in modules for module in root.modules()))
+    parameters = list(
+        dict.fromkeys(p for module in every for p in module._parameters.values() if p is not None)
+    )
+    for module in every:
+        for name, parameter in module._parameters.items():
+            _check_parameter(name, parameter)
+    saved_modules = [_snapshot(module) for module in every]
+    saved_parameters = [(p, p.data, p.grad, p.requires_grad) for p in parameters]
+    saved_random = _random_states()
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(False)
+            parameter.data = convert(parameter.data, dtype=dtype, device=device)
+        for module in every:
+            _convert_module(module, dtype, device)
+        for root in modules:
+            root.train(mode == "train")
+        yield
+    finally:
+        for parameter, data, grad, requires_grad in saved_parameters:
+            parameter.grad = None
+            parameter.data = data
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        for module, (attributes, tables) in zip(every, saved_modules, strict=True):
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for name, table in tables.items():
+                live = module.__dict__[name]
+                live.clear()
+                live.update(table)
+        _restore_random(saved_random)
+
+
+def _check_parameter(name: str, parameter: nn.Parameter | None) -> None:
+    if parameter is None:
+        return
+    if parameter.is_complex():
+        raise InputError(
+            f"parameter {name!r} is complex; its Hessian is not defined here: "
+            "hold its real and imaginary parts as two real parameters"
+        )
+    if parameter.device.type == "meta":
+        raise InputError(f"parameter {name!r} is on the meta device and holds no numbers")
+
+
+def _snapshot(module: nn.Module) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    tables = {name: dict(module.__dict__[name]) for name in _TABLES if name in module.__dict__}
+    return dict(module.__dict__), tables
+
+
+def _convert_module(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = convert(buffer, dtype=dtype, device=device)
+    for name, value in list(module.__dict__.items()):
+        if name in _TABLES or name.startswith("_") and isinstance(value, dict):
+            continue
+        if isinstance(value, nn.Parameter):
+            continue
+        if isinstance(value, Tensor):
+            module.__dict__[name] = convert(value, dtype=dtype, device=device)
+        elif isinstance(value, (list, tuple, dict)) and _plain_tensors(value):
+            module.__dict__[name] = convert(value, dtype=dtype, device=device)
+
+
+def _plain_tensors(value: Any) -> bool:
+    """Whether a container holds tensors that are no parameters (those convert with their owner)."""
+    items = list(value.values()) if isinstance(value, dict) else list(value)
+    return any(isinstance(item, Tensor) for item in items) and not any(
+        isinstance(item, nn.Parameter) for item in items
+    )
+
+
+def _random_states() -> dict[str, Any]:
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state(),  # noqa: NPY002 - the global state is what users share
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def _restore_random(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    np.random.set_state(states["numpy"])  # noqa: NPY002
+    random.setstate(states["python"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def has_rnn(modules: Sequence[nn.Module]) -> bool:
+    """Whether any module is a recurrent one, whose cuDNN kernels have no double backward."""
+    return any(isinstance(m, nn.RNNBase) for root in modules for m in root.modules())
+
+
+@contextmanager
+def exact_arithmetic(modules: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Global switches that second derivatives need; yields the record for the provenance.
+
+    Math attention (the fused kernels have no double backward), no fused encoder path, TF32 off,
+    autocast off, compiled code run eagerly, and cuDNN off when there is a recurrent module.
+    """
+    record: dict[str, Any] = {
+        "attention": "math",
+        "encoder_fastpath": False,
+        "tf32": False,
+        "autocast": False,
+        "compiled_modules": "run eagerly",
+        "cudnn_rnn": "off" if has_rnn(modules) else "not used",
+        "default_dtype": str(dtype).removeprefix("torch."),
+    }
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    default = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
+        for kind in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if has_rnn(modules):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if "torch._dynamo" in sys.modules:  # nothing is compiled where it was never imported
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.mha.set_fastpath_enabled(False)
+            torch.set_default_dtype(dtype)
+            yield record
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = matmul
+            torch.backends.cudnn.allow_tf32 = cudnn
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            torch.set_default_dtype(default)

@@ -1,0 +1,105 @@
+"""What makes two runs the same: hashes of everything that changes a number."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessdiag.checkpoint.optimizer import OptimizerState
+from hessdiag.curvature.loan import bare
+from hessdiag.data import Batches
+from hessdiag.errors import StoreError
+from hessdiag.names import named_parameters
+from hessdiag.options import EXACT_LIMIT, Options
+from hessdiag.task import Task
+
+# Options that change no number; device enters by its type.
+NEUTRAL = {"engine", "memory_budget", "device"}
+
+
+def make_fingerprint(
+    task: Task,
+    weights: str,
+    batches: Batches,
+    optimizer: OptimizerState | None,
+    loss: float,
+    device_type: str,
+    options: Options,
+) -> dict[str, Any]:
+    """Hashes of weights, optimizer state, data and structure, and the options by name."""
+    model = bare(task.model)
+    fields: dict[str, Any] = {
+        "weights": weights,
+        "optimizer": _hash_optimizer(optimizer),
+        "data": batches.digest,
+        "structure": hashlib.sha256(_structure(model).encode()).hexdigest(),
+        "loss": loss,
+        "mode": task.mode,
+        "device_type": device_type,
+    }
+    for name in Options.__dataclass_fields__:
+        if name not in NEUTRAL:
+            value = getattr(options, name)
+            fields[name] = list(value) if isinstance(value, tuple) else value
+    if fields["exact_limit"] is None:
+        fields["exact_limit"] = EXACT_LIMIT[device_type]
+    return fields
+
+
+def compare_fingerprints(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], path: Path, *, force: bool
+) -> bool:
+    """Whether the stored run is the wanted one.
+
+    Raises:
+        StoreError: It is not, and ``force`` is not set; the message names the fields.
+    """
+    differing = [name for name in wanted if not _same(stored.get(name), wanted[name])]
+    if not differing:
+        return True
+    if force:
+        return False
+    raise StoreError(
+        f"{path} holds another analysis: {', '.join(differing)} "
+        f"{'differs' if len(differing) == 1 else 'differ'}; "
+        "write to another file with -o, or overwrite it with --force"
+    )
+
+
+def _same(stored: Any, wanted: Any) -> bool:
+    if isinstance(wanted, float) and isinstance(stored, (int, float)):
+        # The same loss summed in another order of batches.
+        return abs(stored - wanted) <= 1e-12 * abs(wanted)
+    return bool(stored == wanted)
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """One hash of named tensors: names, shapes, types and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _hash_optimizer(optimizer: OptimizerState | None) -> str | None:
+    if optimizer is None or optimizer.unmappable:
+        return None
+    tensors: dict[str, Tensor] = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            tensors[f"{parameter} {key}"] = torch.as_tensor(value)
+    groups = json.dumps(optimizer.groups, sort_keys=True, default=str)
+    return hashlib.sha256((hash_tensors(tensors) + groups).encode()).hexdigest()
+
+
+def _structure(model: nn.Module) -> str:
+    shapes = [(name, tuple(p.shape)) for name, p in named_parameters(model)]
+    return f"{model!r}\n{shapes}"

@@ -1,0 +1,124 @@
+"""What gradient descent would gain in T steps on the quadratic model (maths 2.3)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hessdiag.quantity import Quantity
+from hessdiag.run import HORIZONS, Value
+
+Array = NDArray[np.float64]
+
+PARTS = ("positive", "null", "negative", "total")
+NEGATIVE_SHARE = 0.1
+
+
+def gd_forecast(
+    value: Array,
+    coefficient: Array,
+    *,
+    error: Array,
+    tolerance: float,
+    gradient_error: float,
+    loss: float,
+) -> dict[str, Value]:
+    """``dL_T = Σ c_i² (1 − (1 − a l_i)^{2T}) / (2 l_i)`` with the step a = 1/‖H‖, and its parts.
+
+    Args:
+        value: All eigenvalues, (n,).
+        coefficient: The gradient in the eigenvectors' basis, (n,).
+        error: Bound on each eigenvalue's error, (n,).
+        tolerance: τ, which tells positive, null and negative apart.
+        gradient_error: Bound on the error of the gradient, 2-norm.
+        loss: L at this point: a total that exceeds it is no forecast.
+    Returns:
+        ``forecast_{positive,null,negative,total}`` per horizon. Parts carry the first-order image
+        of the errors in eigenvalues, in the gradient, and in which part an eigenvector near τ
+        belongs to.
+    """
+    size = np.abs(value)
+    norm = float((size + error).max())
+    step = 1.0 / norm
+    rounding = float(error.max())
+    parts = {
+        "positive": value > tolerance,
+        "null": size <= tolerance,
+        "negative": value < -tolerance,
+    }
+    leak = {name: _leak(value, coefficient, inside, rounding) for name, inside in parts.items()}
+    found: dict[str, dict[str, Quantity]] = {name: {} for name in PARTS}
+    for horizon in HORIZONS:
+        steps = int(horizon)
+        gain, slope = _gain(value, step, steps)
+        with np.errstate(over="ignore", invalid="ignore"):
+            energy = np.where(coefficient == 0, 0.0, coefficient**2 * gain)
+            bend = np.where(coefficient == 0, 0.0, coefficient**2 * slope * error)
+            drift = 2 * gradient_error * np.abs(coefficient * gain)
+        for name, inside in parts.items():
+            mixed = leak[name] * step * steps if name != "negative" else leak[name] * _most(gain)
+            amount = float(energy[inside].sum())
+            slack = float(bend[inside].sum() + np.hypot.reduce(drift[inside]) + mixed)
+            found[name][horizon] = Quantity.exact(amount, max(amount - slack, 0.0), amount + slack)
+        total = float(energy.sum())
+        slack = float(bend.sum() + np.hypot.reduce(drift))
+        lost = float(energy[parts["negative"]].sum())
+        beyond = (loss > 0 and total > loss) or lost > NEGATIVE_SHARE * total
+        found["total"][horizon] = (
+            Quantity.unresolved()
+            if beyond
+            else Quantity.exact(total, max(total - slack, 0.0), total + slack)
+        )
+    return {f"forecast_{name}": quantities for name, quantities in found.items()}
+
+
+def uniform_forecast(quantity: Quantity) -> dict[str, Value]:
+    """The same Quantity everywhere: unresolved, absent or zero."""
+    return {f"forecast_{name}": dict.fromkeys(HORIZONS, quantity) for name in PARTS}
+
+
+def _gain(value: Array, step: float, steps: int) -> tuple[Array, Array]:
+    """``f(l) = (1 − (1 − a l)^{2T}) / (2 l)`` and a bound on ``|f'|``; infinite on overflow."""
+    x = step * value
+    tiny = np.abs(value) < np.finfo(float).tiny
+    safe = np.where(tiny, 1.0, value)
+    with np.errstate(over="ignore", divide="ignore"):
+        gain = -np.expm1(2 * steps * np.log1p(-np.where(tiny, 0.5, x))) / (2 * safe)
+        gain = np.where(tiny, step * steps, gain)
+        growth = np.exp(2 * steps * np.log1p(np.maximum(-x, 0.0)))
+    flat = step**2 * steps * (2 * steps - 1) / 2
+    slope = np.where(value > 0, np.minimum(flat, gain / np.where(tiny, 1.0, safe)), flat * growth)
+    return gain, np.where(tiny, flat, slope)
+
+
+def _leak(value: Array, coefficient: Array, inside: NDArray[np.bool_], rounding: float) -> float:
+    """Energy that eigenvectors rotated by rounding may carry into or out of a part.
+
+    An eigenvector at distance d from the nearest eigenvalue of the other side turns by at most
+    ``rounding / d`` (Davis–Kahan).
+    """
+    if not inside.any() or inside.all():
+        return 0.0
+    energy_in = float(np.linalg.norm(coefficient[inside]))
+    energy_out = float(np.linalg.norm(coefficient[~inside]))
+    distance = np.abs(value[inside][:, None] - _edges(value, inside)[None, :]).min(axis=1)
+    turn = np.minimum(rounding / np.maximum(distance, np.finfo(float).tiny), 1.0)
+    moved = float(np.linalg.norm(turn * coefficient[inside]))
+    gap = float(distance.min())
+    entering = min(rounding / gap, 1.0) * energy_out if gap > 0 else energy_out
+    return 2 * (moved + entering) * min(moved + entering + energy_in, energy_in + energy_out)
+
+
+def _edges(value: Array, inside: NDArray[np.bool_]) -> Array:
+    """The eigenvalues of the other side that lie nearest to this part's ends."""
+    other = value[~inside]
+    low, high = value[inside].min(), value[inside].max()
+    below, above = other[other < low], other[other > high]
+    found = [below.max()] if below.size else []
+    found += [above.min()] if above.size else []
+    return np.asarray(found)
+
+
+def _most(gain: Array) -> float:
+    finite = gain[np.isfinite(gain)]
+    return float(finite.max(initial=0.0))

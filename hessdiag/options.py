@@ -1,0 +1,147 @@
+"""The options of ``analyze``, checked once; the names are those of the command line."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
+
+from hessdiag.errors import OptionError
+
+Curvature = Literal["hessian", "ggn"]
+EngineName = Literal["auto", "kept", "recompute"]
+DType = Literal["float64", "float32"]
+
+VARIANTS = ("raw",)
+EXACT_LIMIT = {"cpu": 4096, "cuda": 16384}
+SIZES = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``analyze`` may be told. Defaults give a useful answer on a laptop.
+
+    Attributes:
+        variants: Views of the problem; ``raw`` is always there, first.
+        blocks: ``layer``, ``parameter``, ``whole``, ``GLOB`` or ``NAME=GLOB``, in order.
+        curvature: ``hessian``, or ``ggn`` for the Gauss–Newton matrix.
+        exact_limit: Largest block that is assembled and solved; None takes 4096 on the CPU and
+            16384 on CUDA; 0 means never.
+        steps: Most Lanczos steps for a block above the limit.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: Of parameters, data and products.
+        seed: Of every random vector and of the drawn subset.
+        batch_size: Rows per batch; None keeps the task's own batches.
+        max_examples: Analyse a subset of this many rows, drawn with the seed.
+        weight_decay: λ on the Hessian's diagonal and λp in the gradient, as in torch.
+        damping: μ of ``kappa_damped``, absolute; None leaves it out.
+        engine: How a product is computed; ``auto`` keeps the graph where memory allows.
+        memory_budget: Bytes (or text such as ``8G``) for kept graphs; None takes half of what
+            is free.
+    """
+
+    variants: tuple[str, ...] = ("raw",)
+    blocks: tuple[str, ...] = ("layer",)
+    curvature: Curvature = "hessian"
+    exact_limit: int | None = None
+    steps: int = 40
+    device: str = "auto"
+    dtype: DType = "float64"
+    seed: int = 0
+    batch_size: int | None = None
+    max_examples: int | None = None
+    weight_decay: float = 0.0
+    damping: float | None = None
+    engine: EngineName = "auto"
+    memory_budget: int | None = None
+
+
+def make_options(**given: Any) -> Options:
+    """Options from keyword arguments; text is split and sizes are parsed.
+
+    Raises:
+        OptionError: An unknown name or a value that makes no sense; the message says which.
+    """
+    known = {field.name for field in fields(Options)}
+    for name in given:
+        if name not in known:
+            raise OptionError(f"analyze has no option {name!r}{_hint(name, known)}")
+    for name in ("variants", "blocks"):
+        if name in given:
+            given[name] = _listed(name, given[name])
+    if given.get("memory_budget") is not None:
+        given["memory_budget"] = parse_size(given["memory_budget"])
+    options = Options(**given)
+    _check_choices(options)
+    _check_numbers(options)
+    return options
+
+
+def _listed(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
+    parts = value.split(",") if isinstance(value, str) else list(value)
+    items = tuple(part.strip() for part in parts if part.strip())
+    if not items:
+        raise OptionError(f"{name} is empty; give at least one, such as {name}='layer'")
+    if name == "blocks":
+        return items
+    for item in items:
+        if item not in VARIANTS:
+            raise OptionError(
+                f"unknown variant {item!r}{_hint(item, VARIANTS)}; "
+                f"this release knows {', '.join(VARIANTS)}"
+            )
+    return ("raw", *(item for item in dict.fromkeys(items) if item != "raw"))
+
+
+def parse_size(value: int | float | str) -> int:
+    """Bytes from a number, or from text such as ``512M`` and ``8GiB`` (powers of 1024)."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        size = float(value)
+    else:
+        match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGTB]?)(?:i?B)?\s*", str(value), re.IGNORECASE)
+        try:
+            size = float(match[1]) * SIZES[match[2].upper()] if match else math.nan
+        except ValueError:
+            size = math.nan
+    if not (math.isfinite(size) and size >= 0):
+        raise OptionError(f"memory_budget {value!r} is no size; write it like 512M or 8G")
+    return int(size)
+
+
+def _check_choices(options: Options) -> None:
+    choices = (
+        ("curvature", get_args(Curvature)),
+        ("dtype", get_args(DType)),
+        ("engine", get_args(EngineName)),
+    )
+    for name, allowed in choices:
+        value = getattr(options, name)
+        if value not in allowed:
+            raise OptionError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(options.device)):
+        raise OptionError(f"device is {options.device!r}; it must be auto, cpu, cuda or cuda:N")
+
+
+def _check_numbers(options: Options) -> None:
+    whole = (("exact_limit", 0), ("steps", 1), ("batch_size", 1), ("max_examples", 1), ("seed", 0))
+    for name, least in whole:
+        value = getattr(options, name)
+        if value is None and name not in ("steps", "seed"):
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise OptionError(f"{name} is {value!r}; it must be a whole number >= {least}")
+    for name, value in (("weight_decay", options.weight_decay), ("damping", options.damping)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise OptionError(f"{name} is {value!r}; it must be a number")
+        if not (math.isfinite(value) and value >= 0):
+            raise OptionError(f"{name} is {value!r}; it must be a finite number >= 0")
+
+
+def _hint(name: str, known: Sequence[str] | set[str]) -> str:
+    near = get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,0 +1,340 @@
+"""Checks that run before any long work: can this model's products be trusted at all?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessdiag.curvature.engines import BUILD, Recompute
+from hessdiag.curvature.ggn import pushforward, split
+from hessdiag.curvature.objective import Objective, flatten, moved, only, unflatten
+from hessdiag.curvature.precision import hidden_casts, noise_of
+from hessdiag.data import leaves
+from hessdiag.errors import SelfCheckFailed
+from hessdiag.names import clean_name, layer_of, named_parameters
+from hessdiag.options import Curvature
+from hessdiag_probes.random import generator, rademacher
+from hessdiag_probes.types import Vector
+
+SYMMETRY_LIMIT = {torch.float64: 1e-8, torch.float32: 1e-4}
+DIFFERENCE_LIMIT = {torch.float64: 1e-4, torch.float32: 1e-2}
+STEPS = {torch.float64: (3e-5, 3e-6, 3e-7, 3e-8), torch.float32: (3e-2, 1e-2, 3e-3, 1e-3)}
+NOISE_FACTOR = 1e3
+KINK_MOVE = 1e-6
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check's outcome: passed when ``value <= limit``."""
+
+    value: float
+    limit: float
+    passed: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class SelfChecks:
+    """All four, always reported.
+
+    ``symmetry``, ``difference`` and ``repeatability`` are relative errors; ``hidden_casts`` maps
+    each place that leaves the working precision to the narrower type.
+    """
+
+    symmetry: Check
+    difference: Check
+    repeatability: Check
+    hidden_casts: dict[str, str] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries for the provenance."""
+        return asdict(self) | {"notices": list(self.notices)}
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What the checks work on."""
+
+    objective: Objective
+    parameters: Sequence[nn.Parameter]
+    curvature: Curvature
+    seed: int
+    precision: torch.dtype  # the narrowest type that the arithmetic passes through
+
+    def product(self, parameters: Sequence[nn.Parameter] | None = None) -> Recompute:
+        return Recompute(self.objective, parameters or self.parameters, BUILD[self.curvature])
+
+    def vector(self, purpose: str, parameters: Sequence[nn.Parameter] | None = None) -> Vector:
+        chosen = parameters or self.parameters
+        return rademacher(
+            sum(p.numel() for p in chosen),
+            generator=generator(self.seed, "selfcheck", purpose),
+            dtype=chosen[0].dtype,
+            device=chosen[0].device,
+        )
+
+
+def run_selfchecks(
+    objective: Objective,
+    parameters: Sequence[nn.Parameter],
+    *,
+    curvature: Curvature,
+    seed: int,
+) -> SelfChecks:
+    """Repeatability, hidden casts, symmetry and a central difference (maths 0.2).
+
+    Args:
+        objective: On loan, in its dtype.
+        parameters: All that will be analysed.
+        curvature: Whose products are checked.
+        seed: Of the random vectors.
+    Raises:
+        SelfCheckFailed: The products cannot be trusted; names the module where it can be found.
+    Cost:
+        About six products and up to 34 gradients.
+    """
+    dtype = parameters[0].dtype
+    repeatability = _repeatability(_Subject(objective, parameters, curvature, seed, dtype))
+    casts = {clean_name(place): kind for place, kind in hidden_casts(objective, parameters).items()}
+    notices = tuple(
+        f"hidden {kind} in {place}: its rounding spoils small eigenvalues; no number of this run "
+        "is claimed exact (take the loss from float64 values to mend it)"
+        for place, kind in casts.items()
+    )
+    subject = _Subject(
+        objective, parameters, curvature, seed, torch.float32 if casts else dtype
+    )
+    symmetry = _symmetry(subject)
+    if not symmetry.passed:
+        raise SelfCheckFailed(_asymmetry_message(subject, symmetry))
+    difference = _difference(subject)
+    if not difference.passed:
+        if not _difference_off_the_kink(subject).passed:
+            raise SelfCheckFailed(
+                f"the {_matrix(curvature)} product disagrees with a central difference by "
+                f"{difference.value:.1e} relative (limit {difference.limit:.0e}), also at a point "
+                "nearby: the model's backward is not the derivative of its forward (a custom "
+                "autograd.Function, detach(), a straight-through estimator?)"
+            )
+        note = "on a kink: it passes at a point 1e-6 away"
+        difference = Check(difference.value, difference.limit, True, note)
+        notices += (f"central difference {note} (ReLU at exactly zero?)",)
+    return SelfChecks(symmetry, difference, repeatability, casts, notices)
+
+
+def _matrix(curvature: Curvature) -> str:
+    return "Hessian-vector" if curvature == "hessian" else "Gauss–Newton-vector"
+
+
+def _repeatability(subject: _Subject) -> Check:
+    product = subject.product()
+    vector = subject.vector("repeat")
+    first = product(vector)
+    second = product(vector)
+    scale = float(first.norm())
+    value = float((first - second).norm()) / scale if scale > 0 else float(second.norm() > 0)
+    limit = 10 * torch.finfo(subject.precision).eps
+    if not (value <= limit):
+        culprit = find_unrepeatable(subject.objective)
+        raise SelfCheckFailed(
+            f"the same product twice differs by {value:.1e} relative: {culprit}\n"
+            "Make the loss deterministic: mode='eval' in the Task turns dropout off and freezes "
+            "BatchNorm statistics; fix any random number drawn in the loss."
+        )
+    return Check(value, limit, True)
+
+
+def _symmetry(subject: _Subject, parameters: Sequence[nn.Parameter] | None = None) -> Check:
+    product = subject.product(parameters)
+    noise = noise_of(subject.objective, parameters or subject.parameters, subject.curvature)
+    limit = SYMMETRY_LIMIT[subject.precision]
+    worst = 0.0
+    note = ""
+    for pair in ("first", "second"):
+        u = subject.vector(f"{pair} u", parameters)
+        v = subject.vector(f"{pair} v", parameters)
+        cu, cv = product(u), product(v)
+        scale = float(cv.norm() * u.norm() + cu.norm() * v.norm())
+        if scale <= 2 * NOISE_FACTOR * float(noise(v).norm() * u.norm()):
+            note = "the matrix is zero or rounding noise"
+            continue
+        worst = max(worst, abs(float(u @ cv - v @ cu)) / scale)
+    return Check(worst, limit, worst < limit, note)
+
+
+def _difference(subject: _Subject) -> Check:
+    limit = DIFFERENCE_LIMIT[subject.precision]
+    steps = STEPS[subject.precision]
+    if subject.curvature == "ggn":
+        return _jacobian_difference(subject, limit, steps)
+    product = subject.product()
+    sign = subject.vector("difference")
+    bent = product(sign)
+    noise = noise_of(subject.objective, subject.parameters, subject.curvature)
+    if float(bent.norm()) <= NOISE_FACTOR * float(noise(sign).norm()):
+        return Check(0.0, limit, True, "the matrix is zero or rounding noise")
+    # The diagonal by one Rademacher probe; where it fails the row's size stands in.
+    diagonal = (sign * bent).abs()
+    size = torch.maximum(diagonal, 1e-3 * bent.abs())
+    scaled = torch.where(size > 0, sign / size.clamp_min(1e-300).sqrt(), torch.zeros_like(sign))
+    best = float("inf")
+    for direction in (sign, scaled):
+        for step in steps:
+            value = _one_difference(subject, direction, step)
+            best = min(best, value)
+            if best < 0.01 * limit:
+                return Check(best, limit, True)
+    return Check(best, limit, best < limit)
+
+
+def _one_difference(subject: _Subject, direction: Vector, step: float) -> float:
+    position = flatten([p.data for p in subject.parameters])
+    length = float(position.norm()) or 1.0
+    unit = direction / direction.norm() * length
+    gradient: Callable[[Sequence[nn.Parameter]], Vector] = subject.objective.gradient
+    with moved(subject.parameters, step * unit):
+        ahead = gradient(subject.parameters)
+    with moved(subject.parameters, -step * unit):
+        behind = gradient(subject.parameters)
+    wanted = subject.product()(unit)
+    scale = float(wanted.norm())
+    return float(((ahead - behind) / (2 * step) - wanted).norm()) / scale if scale else 0.0
+
+
+def _jacobian_difference(subject: _Subject, limit: float, steps: Sequence[float]) -> Check:
+    """For Gauss–Newton the derivative to check is the model's first: ``J v`` on one batch."""
+    parameters = subject.parameters
+    batch = subject.objective.batches.items[0]
+    position = flatten([p.data for p in parameters])
+    sign = subject.vector("difference")
+    unit = sign / sign.norm() * (float(position.norm()) or 1.0)
+
+    def outputs() -> Vector | None:
+        with only(subject.objective.model, parameters):
+            found = split(subject.objective, batch, parameters).outputs
+        return flatten(found) if found else None
+
+    with only(subject.objective.model, parameters):
+        parts = split(subject.objective, batch, parameters)
+        if not parts.outputs:
+            return Check(0.0, limit, True, "no output depends on the parameters")
+        wanted = flatten(pushforward(parts, parameters)(unflatten(unit, parameters)))
+    best = float("inf")
+    for step in steps:
+        with moved(parameters, step * unit):
+            ahead = outputs()
+        with moved(parameters, -step * unit):
+            behind = outputs()
+        if ahead is None or behind is None or float(wanted.norm()) == 0:
+            return Check(0.0, limit, True, "no output depends on the parameters")
+        error = ((ahead - behind) / (2 * step) - wanted).norm() / wanted.norm()
+        best = min(best, float(error))
+    return Check(best, limit, best < limit)
+
+
+def _difference_off_the_kink(subject: _Subject) -> Check:
+    position = flatten([p.data for p in subject.parameters])
+    random = subject.vector("kink")
+    length = float(position.norm()) or 1.0
+    with moved(subject.parameters, random / random.norm() * (KINK_MOVE * length)):
+        symmetry = _symmetry(subject)
+        difference = _difference(subject)
+    if not symmetry.passed:
+        raise SelfCheckFailed(_asymmetry_message(subject, symmetry))
+    return difference
+
+
+def _asymmetry_message(subject: _Subject, check: Check) -> str:
+    message = (
+        f"the {_matrix(subject.curvature)} product is not symmetric: |u·Cv − v·Cu| is "
+        f"{check.value:.1e} relative (limit {check.limit:.0e}), so it is no second derivative"
+    )
+    culprits = []
+    for name, parameters in _by_layer(subject):
+        if not _symmetry(subject, parameters).passed:
+            culprits.append(name)
+    if culprits:
+        message += f".\nFound in {', '.join(culprits[:6])}"
+        if any("weight_norm" in name for name in culprits):
+            message += (
+                ": torch's weight_norm has a wrong double backward. Write w = g·v/|v| by hand in "
+                "the module, or remove the weight norm, or use --curvature ggn"
+            )
+    return message
+
+
+def _by_layer(subject: _Subject) -> Iterator[tuple[str, list[nn.Parameter]]]:
+    wanted = {id(p) for p in subject.parameters}
+    model = subject.objective.model
+    modules = {clean_name(name): module for name, module in model.named_modules()}
+    grouped: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in named_parameters(model):
+        if id(parameter) in wanted:
+            grouped.setdefault(layer_of(name), []).append(parameter)
+    for layer, parameters in grouped.items():
+        module = modules.get(layer)
+        kind = type(module).__name__ if module is not None else "parameter"
+        if module is not None and _has_weight_norm(module):
+            kind = f"{kind.removeprefix('Parametrized')} with weight_norm"
+        yield f"module {layer!r} ({kind})", parameters
+
+
+def _has_weight_norm(module: nn.Module) -> bool:
+    hooks = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
+    inner = [type(child).__name__ for child in module.modules()]
+    return "WeightNorm" in hooks or "_WeightNorm" in inner
+
+
+def find_unrepeatable(objective: Objective) -> str:
+    """The innermost module whose output differs between two passes on equal input.
+
+    Cost:
+        Two forwards of the first batch, with every module's input and output hashed.
+    """
+    first, second = _trace(objective), _trace(objective)
+    for before, after in zip(first, second, strict=False):
+        name, inputs, outputs, label = before
+        if name == after[0] and inputs == after[1] and outputs != after[2]:
+            return f"{label} gives another output for the same input."
+    return "no single module does; look at the loss function itself."
+
+
+def _trace(objective: Objective) -> list[tuple[str, str, str, str]]:
+    calls: list[tuple[str, str, str, str]] = []
+    waiting: list[str] = []
+    handles = []
+    for name, module in objective.model.named_modules():
+        label = f"module {clean_name(name)!r} ({type(module).__name__})" if name else "the model"
+
+        def enter(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            waiting.append(_hash((args, kwargs)))
+
+        def leave(
+            _module: nn.Module, _args: Any, output: Any, name: str = name, label: str = label
+        ) -> None:
+            calls.append((name, waiting.pop(), _hash(output), label))
+
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        with torch.no_grad():
+            objective.evaluate(objective.batches.items[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _hash(value: Any) -> str:
+    digest = hashlib.sha256()
+    for tensor in leaves(value):
+        plain: Tensor = tensor.detach().cpu().contiguous()
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

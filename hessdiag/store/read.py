@@ -1,0 +1,178 @@
+"""An HDF5 file back to a run; a file that is not one is refused, never half read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from hessdiag.errors import HessdiagError, OutOfResources, StoreError, UnknownSchema
+from hessdiag.run import BlockResult, Provenance, Run, VariantResult
+from hessdiag.store.cells import NULL, decode
+from hessdiag.store.schema import (
+    ARRAYS,
+    AXES,
+    FORMAT,
+    PARAMETERS,
+    PROVENANCE,
+    SUMMARY,
+    VERSION,
+    Dataset,
+    Field,
+    datasets,
+)
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether ``path`` is a readable HDF5 file that calls itself a run, of whatever version."""
+    if not Path(path).is_file():
+        return False
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return bool(file.attrs.get("encoding-type") == FORMAT)
+    except Exception:  # whatever h5py makes of foreign bytes: not a run
+        return False
+
+
+@contextmanager
+def run_file(path: str | Path) -> Iterator[h5py.File]:
+    """Open ``path`` as a run of this major version; whatever fails inside means damage.
+
+    Raises:
+        StoreError: There is no such file, it is foreign, or it is damaged.
+        UnknownSchema: Another major version wrote it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise StoreError(f"{path} does not exist; `hessdiag analyze` writes run files")
+    if not path.is_file():
+        raise StoreError(f"{path} is not a file; name the .h5 file of a run")
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            _check_version(path, file)
+            yield file
+    except HessdiagError:
+        raise
+    except PermissionError as error:
+        raise StoreError(f"{path} cannot be read: permission denied") from error
+    except MemoryError as error:
+        raise OutOfResources(f"not enough memory to read {path}") from error
+    except Exception as error:
+        raise StoreError(
+            f"{path} is not a hessdiag run, or it is damaged ({error}); "
+            f"restore it from a copy, or analyse the checkpoint again"
+        ) from error
+
+
+def _check_version(path: Path, file: h5py.File) -> None:
+    encoding = file.attrs.get("encoding-type")
+    if encoding != FORMAT:
+        raise StoreError(
+            f"{path} is an HDF5 file but not a hessdiag run (encoding-type {encoding!r}); "
+            f"`hessdiag analyze` writes run files"
+        )
+    version = str(file.attrs["encoding-version"])
+    if version.split(".", maxsplit=1)[0] != VERSION.split(".")[0]:
+        raise UnknownSchema(
+            f"{path} holds schema version {version}, this hessdiag reads {VERSION}; "
+            f"install the release that wrote it, or analyse the checkpoint again"
+        )
+
+
+def read_run(path: str | Path) -> Run:
+    """Read what :func:`hessdiag.store.write.write_run` wrote.
+
+    Groups and datasets that this release does not know are left out: a later minor version
+    may have added them.
+
+    Raises:
+        StoreError: There is no such file, it is foreign, or it is damaged.
+        UnknownSchema: Another major version wrote it.
+    """
+    with run_file(path) as file:
+        summary = file["summary"]
+        names = _texts(summary["block"])
+        variants = tuple(_texts(summary["variant"]))
+        parameters = [tuple(json.loads(text)) for text in _texts(summary[PARAMETERS.name])]
+        columns = {field.name: _columns(summary, field) for field in SUMMARY}
+        blocks = []
+        for i, (name, owned) in enumerate(zip(names, parameters, strict=True)):
+            results = {
+                variant: VariantResult(
+                    {field.name: _value(field, columns[field.name], i, j) for field in SUMMARY},
+                    spectrum=_arrays(file, "spectra", variant, i),
+                    rows=_arrays(file, "rows", variant, i),
+                )
+                for j, variant in enumerate(variants)
+                if columns["size"][0][i, j, 0] != NULL["int"]
+            }
+            blocks.append(BlockResult(name, owned, results))
+        return Run(
+            blocks=tuple(blocks),
+            variants=variants,
+            provenance=_provenance(file["provenance"]),
+            created_at=str(file.attrs["created_at"]),
+            hessdiag_version=str(file.attrs["hessdiag_version"]),
+        )
+
+
+def _columns(summary: h5py.Group, field: Field) -> list[Any]:
+    """The parts of ``field``, each over (block, variant, key of the axis)."""
+    parts = [load(summary[dataset.name], dataset).astype(object) for dataset in datasets(field)]
+    if field.axis is None:
+        return [part[:, :, None] for part in parts]
+    stored = summary[field.axis][:].tolist()
+    order = [stored.index(float(key)) for key in AXES[field.axis]]
+    return [part[:, :, order] for part in parts]
+
+
+def _value(field: Field, parts: list[Any], i: int, j: int) -> Any:
+    if field.axis is None:
+        return decode(field, [part[i, j, 0] for part in parts])
+    return {
+        key: decode(field, [part[i, j, k] for part in parts])
+        for k, key in enumerate(AXES[field.axis])
+    }
+
+
+def load(stored: h5py.Dataset, dataset: Dataset) -> Any:
+    """The numbers or texts of a dataset.
+
+    Raises:
+        ValueError: They are of another type or number of dimensions than the schema says.
+    """
+    if stored.ndim != len(dataset.dims):
+        raise ValueError(f"{stored.name} has {stored.ndim} dimensions, not {dataset.dims}")
+    if (dataset.dtype == "text") != (h5py.check_string_dtype(stored.dtype) is not None):
+        raise ValueError(f"{stored.name} holds {stored.dtype}, expected {dataset.dtype}")
+    return stored.asstr()[...] if dataset.dtype == "text" else stored[...]
+
+
+def _texts(stored: h5py.Dataset) -> list[str]:
+    return [str(text) for text in stored.asstr()[:]]
+
+
+def _arrays(file: h5py.File, root: str, variant: str, index: int) -> dict[str, Any]:
+    path = f"{root}/{variant}/{index}"
+    if path not in file:
+        return {}
+    group = file[path]
+    return {
+        dataset.name: np.asarray(load(group[dataset.name], dataset), dtype=np.float64)
+        for dataset in ARRAYS[root]
+        if dataset.name in group
+    }
+
+
+def _provenance(group: h5py.Group) -> Provenance:
+    parts = {}
+    for name, (kind, _) in PROVENANCE.items():
+        parts[name] = json.loads(group[name].asstr()[()])
+        if not isinstance(parts[name], kind):
+            raise ValueError(f"{group.name}/{name} is not a JSON {kind.__name__}")
+    return Provenance(**parts)

@@ -1,0 +1,191 @@
+"""Results in, text out: the tables that the commands print."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Iterable, Mapping
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+from hessdiag.columns import GAP, HEADLINE, Layout, aligned, layout
+from hessdiag.labels import printable, shortened
+from hessdiag.marks import MEANINGS, certified
+from hessdiag.quantity import Quantity
+from hessdiag.run import BlockResult, Run, VariantResult
+
+WHOLE = "whole"
+TIED = "\N{NO-BREAK SPACE}"
+LONGEST_NAME = 100
+NAMES_SHOWN = 4
+NOTES_SHOWN = 6
+
+
+def summary_table(run: Run, *, variant: str = "raw", width: int = 100, color: bool = False) -> str:
+    """The table of a run under one variant, and what a reader must know about it.
+
+    Args:
+        run: A finished analysis.
+        variant: One of ``run.variants``.
+        width: Columns of the terminal; below about 70 the lines may run over.
+        color: Use ANSI colours; without, the text is plain.
+
+    Returns:
+        Lines, each ended by a newline.
+    """
+    results = {
+        block.name: block.variants[variant] for block in run.blocks if variant in block.variants
+    }
+    done = {name: result for name, result in results.items() if result["skipped"] is None}
+    lines = [*_wrapped(_title(run, variant, done), width, "bold"), Text()]
+    if run.blocks:
+        fitted = layout(run, done, width)
+        lines += [*_table(run, fitted, done, variant, width), Text()]
+        lines += _wrapped(_worst_sentence(done), width, "bold")
+        lines += _wrapped(_legend(fitted), width, "dim")
+    else:
+        lines += _wrapped("There is no block: the model has no parameter.", width)
+    lines += _remarks(run, results, width)
+    return _printed(lines, width, color=color)
+
+
+def worst_block(results: Mapping[str, VariantResult]) -> str | None:
+    """The block with the largest κ at the median; its κ's lower end where that is unresolved.
+
+    ``whole`` is never the worst: it holds all others.
+    """
+
+    def rank(result: VariantResult) -> float | None:
+        median: Quantity = result["kappa_quantile"][HEADLINE]
+        kappa: Quantity = result["kappa"]
+        return kappa.low if median.value is None else median.value
+
+    ranks = {name: rank(result) for name, result in results.items() if name != WHOLE}
+    ranked = {name: value for name, value in ranks.items() if value is not None}
+    return max(ranked, key=ranked.__getitem__, default=None)
+
+
+def _title(run: Run, variant: str, done: Mapping[str, VariantResult]) -> str:
+    config = run.provenance.config
+    results = list(done.values())
+    losses = [result["loss"] for result in results if result["loss"] is not None]
+    parts = [
+        config.get("task"),
+        config.get("checkpoint"),
+        None if variant == "raw" else f"variant {variant}",
+        config.get("curvature"),
+        results[0]["dtype"] if results else None,
+        config.get("device"),
+        f"loss {losses[-1]:.4g}" if losses else None,
+    ]
+    return " · ".join(printable(str(part)) for part in parts if part)
+
+
+def _table(
+    run: Run, fitted: Layout, done: Mapping[str, VariantResult], variant: str, width: int
+) -> list[Text]:
+    worst = worst_block(done)
+    lines = []
+    for position, corner in enumerate(("", "block")):
+        cells = [column.header[position].rjust(shape.total) for column, shape, _ in fitted.columns]
+        lines.append(Text(GAP.join([corner.ljust(fitted.name_width), *cells]), style="bold"))
+    rule = Text("─" * fitted.width, style="dim")
+    lines.append(rule)
+    for block in sorted(run.blocks, key=lambda block: block.name == WHOLE):
+        if block.name == WHOLE and len(run.blocks) > 1:
+            lines.append(rule)
+        label = fitted.labels[block.name]
+        label += " " * (fitted.name_width - cell_len(label))
+        if block.name not in done:
+            lines += _skipped(block, variant, label, width)
+            continue
+        line = Text(label, style="bold" if block.name == worst else "")
+        for column, shape, marks in fitted.columns:
+            mark = marks[block.name]
+            seen = column.style and mark.text not in {"0", "0%", "–"}
+            line.append(GAP + aligned(mark, shape), style=column.style if seen else "")
+        lines.append(line)
+    return lines
+
+
+def _skipped(block: BlockResult, variant: str, label: str, width: int) -> list[Text]:
+    result = block.variants.get(variant)
+    reason = f"no result under {variant}" if result is None else result["skipped"]
+    indent = cell_len(label) + len(GAP)
+    first, *rest = textwrap.wrap(f"skipped: {printable(reason)}", max(width - indent, 20))
+    return [
+        Text(label + GAP + first, style="dim"),
+        *(Text(" " * indent + line, style="dim") for line in rest),
+    ]
+
+
+def _worst_sentence(done: Mapping[str, VariantResult]) -> str:
+    worst = worst_block(done)
+    if worst is None:
+        return "No block has a condition number: no positive eigenvalue was resolved."
+    result = done[worst]
+    median = _phrase("κ at its median positive eigenvalue", result["kappa_quantile"][HEADLINE])
+    name = shortened([printable(worst)], LONGEST_NAME)[0]
+    return f"The worst block is {name}: {median}, {_phrase('κ', result['kappa'])}."
+
+
+def _phrase(subject: str, quantity: Quantity) -> str:
+    mark = certified(quantity)
+    if mark.kind == "[]":
+        return f"{subject} in{TIED}{str(mark).replace(' ', TIED)}"
+    if mark.kind in {"=", "≥", "≤", "~"}:
+        return f"{subject}{TIED}{str(mark).replace(' ', TIED)}"
+    return f"{subject} {MEANINGS[mark.kind]}"
+
+
+def _legend(fitted: Layout) -> str:
+    marks = [mark for _, _, cells in fitted.columns for mark in cells.values()]
+    kinds = {mark.kind for mark in marks}
+    parts = [f"{kind}{TIED}{meaning}" for kind, meaning in MEANINGS.items() if kind in kinds]
+    if any("!" in mark.tail for mark in marks):
+        parts.append("! eigenvalues at the zero tolerance: κ depends on it")
+    return " · ".join(["κ = λ_max / smallest λ > 0", *parts])
+
+
+def _remarks(run: Run, results: Mapping[str, VariantResult], width: int) -> list[Text]:
+    """Notes with the blocks that they are about, then the warnings of the whole run."""
+    owners: dict[str, list[str]] = {}
+    for name, result in results.items():
+        for note in result["notes"]:
+            owners.setdefault(printable(note), []).append(printable(name))
+    remarks = []
+    for note, names in owners.items():
+        shown = ", ".join(shortened(names[:NAMES_SHOWN], LONGEST_NAME))
+        rest = len(names) - NAMES_SHOWN
+        remarks.append(f"{shown}{f' and {rest} more' if rest > 0 else ''}: {note}")
+    left = len(remarks) - NOTES_SHOWN
+    if left > 0:
+        remarks[NOTES_SHOWN:] = [f"{left} more notes: hessdiag show RUN --json"]
+    remarks += [f"Warning: {printable(warning)}" for warning in run.provenance.warnings]
+    lines = [line for remark in remarks for line in _wrapped(f"- {remark}", width, indent="  ")]
+    return [Text(), *lines] if lines else []
+
+
+def _wrapped(text: str, width: int, style: str = "", *, indent: str = "") -> list[Text]:
+    """Lines of at most ``width``; a :data:`TIED` space does not break."""
+    return [
+        Text(line.replace(TIED, " "), style=style)
+        for line in textwrap.wrap(text, max(width, 20), subsequent_indent=indent)
+    ]
+
+
+def _printed(lines: Iterable[Text], width: int, *, color: bool) -> str:
+    console = Console(
+        file=io.StringIO(),
+        width=width,
+        force_terminal=color,
+        color_system="standard" if color else None,
+        legacy_windows=False,
+    )
+    with console.capture() as capture:
+        for line in lines:
+            line.rstrip()
+            console.print(line, soft_wrap=True, highlight=False)
+    return capture.get()

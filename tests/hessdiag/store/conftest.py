@@ -1,0 +1,51 @@
+"""The synthetic runs, written once."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import h5py
+import pytest
+
+from hessdiag.store import write_run
+
+
+def _load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("runs", Path(__file__).with_name("runs.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def runs() -> ModuleType:
+    return _load()
+
+
+@pytest.fixture(scope="session")
+def small_bytes(runs, tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("small") / "run.h5"
+    write_run(runs.small_run(), path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def small_file(small_bytes, tmp_path) -> Path:
+    path = tmp_path / "run.h5"
+    path.write_bytes(small_bytes)
+    return path
+
+
+@pytest.fixture
+def edited(small_file) -> Callable[[Callable[[h5py.File], None]], Path]:
+    """A small run after ``edit(file)``, as a script in any language could leave it."""
+
+    def make(edit: Callable[[h5py.File], None]) -> Path:
+        with h5py.File(small_file, "r+") as file:
+            edit(file)
+        return small_file
+
+    return make
