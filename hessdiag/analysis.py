@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,51 +16,22 @@ import hessdiag
 from hessdiag.blocks import WHOLE, Block, find_blocks
 from hessdiag.checkpoint import Checkpoint, match_weights, read_checkpoint
 from hessdiag.checkpoint.optimizer import OptimizerState, map_optimizer
-from hessdiag.curvature.engines import Engine, Kept, make_engine
 from hessdiag.curvature.loan import bare, exact_arithmetic, loan
-from hessdiag.curvature.objective import Objective, flatten
-from hessdiag.curvature.precision import gradient_noise, noise_of
+from hessdiag.curvature.objective import Objective
 from hessdiag.data import halves, load_batches
 from hessdiag.errors import HessdiagError, InputError, OptionError
 from hessdiag.fingerprint import compare_fingerprints, hash_tensors, make_fingerprint
-from hessdiag.names import clean_name, named_parameters
-from hessdiag.options import EXACT_LIMIT, Options, make_options
+from hessdiag.names import clean_name
+from hessdiag.network import Network
+from hessdiag.options import Options, make_options
+from hessdiag.progress import Event, Report
 from hessdiag.provenance import environment
 from hessdiag.quantity import Quantity
 from hessdiag.run import BlockResult, Provenance, Run, Value, VariantResult
-from hessdiag.bounds import never_exact
-from hessdiag.selfcheck import SelfChecks, run_selfchecks
-from hessdiag.solve import (
-    Problem,
-    Solved,
-    measure_noise,
-    skipped_fields,
-    solve_exact,
-    solve_lanczos,
-)
+from hessdiag.selfcheck import run_selfchecks
+from hessdiag.solve import skipped_fields
+from hessdiag.store.read import read_run
 from hessdiag.task import Task, as_loss, units
-from hessdiag_probes.exact import assemble
-from hessdiag_probes.lanczos import lanczos
-from hessdiag_probes.random import generator, sphere
-from hessdiag_probes.types import Matvec, Vector
-
-HALF_STEPS = 20
-REPORT_EVERY = 0.1  # seconds
-
-
-@dataclass(frozen=True)
-class Event:
-    """Progress: ``done`` of ``total`` products of ``block``, or only a ``message``."""
-
-    block: str = ""
-    index: int = 0
-    count: int = 0
-    done: int = 0
-    total: int = 0
-    message: str = ""
-
-
-Report = Callable[[Event], None]
 
 
 def _silent(_event: Event) -> None:
@@ -71,7 +41,7 @@ def _silent(_event: Event) -> None:
 def analyze(
     task: Task,
     *,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     output: str | Path | None = None,
     trust: bool = False,
     force: bool = False,
@@ -82,7 +52,8 @@ def analyze(
 
     Args:
         task: Model, data and loss.
-        checkpoint: Weights to load for the analysis; None takes the model's present ones.
+        checkpoint: File (or one already read) whose weights are loaded for the analysis; None
+            takes the model's present ones.
         output: HDF5 file to write; None writes none. An identical finished run there is
             returned as it is.
         trust: Allow a checkpoint that is a pickled module, which runs code when it is loaded.
@@ -102,8 +73,9 @@ def analyze(
     if not isinstance(task, Task):
         raise OptionError(f"analyze needs a hessdiag.Task, not {type(task).__name__}")
     chosen = make_options(**options)
-    source = read_checkpoint(Path(checkpoint), trust=trust) if checkpoint is not None else None
-    analysis = Analysis(task, chosen, source, report or _silent)
+    if isinstance(checkpoint, (str, Path)):
+        checkpoint = read_checkpoint(checkpoint, trust=trust)
+    analysis = Analysis(task, chosen, checkpoint, report or _silent)
     run = analysis.run(Path(output) if output is not None else None, force=force)
     if output is not None and not analysis.reprinted:
         run.save(output, force=force)
@@ -173,7 +145,9 @@ class Analysis:
             )
             self.warnings += checks.notices
             parts = halves(batches, count) if options.max_examples is not None else None
-            network.prepare(loss, checks, [Objective(model, objective.loss, p) for p in parts or ()])
+            network.prepare(
+                loss, checks, [Objective(model, objective.loss, p) for p in parts or ()]
+            )
             results = tuple(self._rows(network, blocks))
             record = environment(
                 device, switches, checks.to_json(), self.engines, self.timings, self.failed
@@ -276,178 +250,6 @@ class Analysis:
         return VariantResult(fixed | solved.values, solved.spectrum, solved.rows)
 
 
-class Network:
-    """The model on loan, and what all its blocks share."""
-
-    def __init__(
-        self, model: nn.Module, objective: Objective, options: Options, report: Report
-    ) -> None:
-        self.objective = objective
-        self.options = options
-        self.report = report
-        self.named: dict[str, nn.Parameter] = dict(named_parameters(model))
-        self.matrix: tuple[Tensor, dict[str, slice]] | None = None
-        self.halves: list[Objective] = []
-        self.loss = 0.0
-        self.narrow = False
-
-    def select(self, names: list[str] | tuple[str, ...]) -> list[nn.Parameter]:
-        """The parameters of these names."""
-        return [self.named[name] for name in names]
-
-    def prepare(self, loss: float, checks: SelfChecks, parts: list[Objective]) -> None:
-        """Take over what was found before the blocks."""
-        self.loss = loss
-        self.narrow = bool(checks.hidden_casts)
-        self.halves = parts
-
-    def solve(
-        self, block: Block, index: int, count: int, engines: dict[str, str]
-    ) -> tuple[Solved, int]:
-        """One block: exact where it fits, else by Lanczos; with the products it took."""
-        options = self.options
-        parameters = self.select(block.parameters)
-        like = parameters[0].data
-        limit = EXACT_LIMIT[like.device.type] if options.exact_limit is None else options.exact_limit
-        engine: Engine | None = None
-        cut = self._cut(block)
-
-        def product(vector: Vector) -> Vector:
-            nonlocal engine
-            if engine is None:
-                engine = make_engine(
-                    self.objective,
-                    parameters,
-                    curvature=options.curvature,
-                    engine=options.engine,
-                    memory_budget=options.memory_budget,
-                )
-                engines[block.name] = engine.name
-            return engine(vector)
-
-        problem = self._problem(block, parameters, product if cut is None else None, cut)
-        if cut is not None:
-            engines[block.name] = "cut from whole"
-            solved = solve_exact(cut, problem)
-            return self._certified(solved, ["its matrix is a part of whole's"]), 0
-        watched = self._watched(product, block, index, count, min(block.size, limit) or options.steps)
-        if block.size <= limit:
-            found = assemble(watched, block.size, dtype=like.dtype, device=like.device)
-            if block.name == WHOLE:
-                self.matrix = (found.matrix, self._slices(block))
-            engine = None
-            return self._certified(solve_exact(found.matrix, problem), []), found.matvecs
-        solved, matvecs = solve_lanczos(watched, problem, steps=options.steps)
-        return self._certified(solved, []), matvecs
-
-    def _problem(
-        self, block: Block, parameters: list[nn.Parameter], product: Matvec | None, cut: Tensor | None
-    ) -> Problem:
-        options = self.options
-        error = noise_of(self.objective, parameters, options.curvature, narrow=self.narrow)
-        gradient = self.objective.gradient(parameters)
-        wrong = gradient_noise(self.objective, parameters, narrow=self.narrow)
-        if product is None:
-            matrix = cut
-
-            def product(vector: Vector) -> Vector:
-                if matrix is None:
-                    raise ValueError("a block is given by its product or by its matrix")
-                return (matrix @ vector.to(matrix)).to(vector)
-
-        noise = measure_noise(
-            error,
-            product,
-            gradient,
-            seed=options.seed,
-            name=block.name,
-            gradient=10 * float(wrong.norm()),
-        )
-        narrow = self.narrow or gradient.dtype == torch.float32
-        return Problem(
-            name=block.name,
-            gradient=gradient,
-            position=flatten([p.data for p in parameters]),
-            loss=self.loss,
-            noise=noise,
-            eps=torch.finfo(torch.float32 if narrow else torch.float64).eps,
-            weight_decay=options.weight_decay,
-            damping=options.damping,
-            seed=options.seed,
-        )
-
-    def _certified(self, solved: Solved, notes: list[str]) -> Solved:
-        values = solved.values
-        own = values["notes"]
-        values["notes"] = notes + (own if isinstance(own, list) else [])
-        if self.narrow:
-            values = never_exact(values)
-        return Solved(values, solved.spectrum, solved.rows)
-
-    def _slices(self, block: Block) -> dict[str, slice]:
-        slices, start = {}, 0
-        for name in block.parameters:
-            end = start + self.named[name].numel()
-            slices[name] = slice(start, end)
-            start = end
-        return slices
-
-    def _cut(self, block: Block) -> Tensor | None:
-        """The block's part of the whole network's matrix, where that was assembled."""
-        if self.matrix is None:
-            return None
-        matrix, slices = self.matrix
-        index = torch.cat(
-            [torch.arange(slices[n].start, slices[n].stop, device=matrix.device) for n in block.parameters]
-        )
-        return matrix[index][:, index]
-
-    def _watched(
-        self, product: Matvec, block: Block, index: int, count: int, total: int
-    ) -> Matvec:
-        done = 0
-        reported = 0.0
-
-        def counted(vector: Vector) -> Vector:
-            nonlocal done, reported
-            result = product(vector)
-            done += 1
-            now = time.perf_counter()
-            if now - reported >= REPORT_EVERY or done >= total:
-                reported = now
-                self.report(Event(block.name, index, count, done, total))
-            return result
-
-        return counted
-
-    def half_ratio(self, block: Block) -> Quantity:
-        """λ_max on one half of the drawn examples over that on the other, by Lanczos."""
-        if not self.halves:
-            return Quantity.absent()
-        parameters = self.select(block.parameters)
-        tops = []
-        for half in self.halves:
-            engine = make_engine(
-                half,
-                parameters,
-                curvature=self.options.curvature,
-                engine=self.options.engine,
-                memory_budget=self.options.memory_budget,
-            )
-            start = sphere(
-                block.size,
-                generator=generator(self.options.seed, block.name, "half ratio"),
-                dtype=parameters[0].dtype,
-                device=parameters[0].device,
-            )
-            shift = self.options.weight_decay
-            run = lanczos(lambda v, e=engine: e(v) + shift * v, start, min(HALF_STEPS, block.size))
-            tops.append(float(run.ritz().value[-1]))
-        if tops[1] == 0:
-            return Quantity.unresolved()
-        return Quantity.estimate(tops[0] / tops[1])
-
-
 def pick_device(name: str) -> torch.device:
     """The device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     if name == "auto":
@@ -473,8 +275,6 @@ def _stored_run(output: Path | None, fingerprint: dict[str, Any], *, force: bool
     """
     if output is None or not output.exists():
         return None
-    from hessdiag.store.read import read_run
-
     stored = read_run(output)
     if compare_fingerprints(stored.provenance.fingerprint, fingerprint, output, force=force):
         return stored

@@ -14,9 +14,10 @@ from hessdiag.run import QUANTILES, THRESHOLDS, Value
 Array = NDArray[np.float64]
 
 SCALARS = (
-    "lambda_max lambda_min lambda_min_positive kappa kappa_abs kappa_damped n_positive "
-    "n_negative n_zero trace frobenius stable_rank negative_count negative_mass negative_depth"
-).split()
+    *("lambda_max", "lambda_min", "lambda_min_positive", "kappa", "kappa_abs", "kappa_damped"),
+    *("n_positive", "n_negative", "n_zero", "trace", "frobenius", "stable_rank"),
+    *("negative_count", "negative_mass", "negative_depth"),
+)
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def layout(run: Run, done: Mapping[str, VariantResult], width: int) -> Layout:
     """The richest layout that fits with labels that tell the blocks apart, else that fits."""
     names = [block.name for block in run.blocks]
     plain = [printable(name) for name in names]
-    longest = max(map(cell_len, plain))
+    longest = max(map(cell_len, ("block", *plain)))
     idle = () if any(result["inactive"] for result in done.values()) else ("inactive",)
     fitting = []
     for digits, dropped in LAYOUTS:
@@ -126,7 +126,7 @@ def layout(run: Run, done: Mapping[str, VariantResult], width: int) -> Layout:
                 marks = {name: column.cell(result, digits) for name, result in done.items()}
                 columns.append((column, _shape(column, [*marks.values()]), marks))
         room = width - sum(len(GAP) + shape.total for _, shape, _ in columns)
-        name_width = max(min(longest, room), SHORTEST_NAME)
+        name_width = min(longest, max(room, SHORTEST_NAME))
         labels = shortened(plain, name_width)
         found = Layout(tuple(columns), dict(zip(names, labels, strict=True)), name_width)
         if room >= min(longest, NAME_WIDTH):

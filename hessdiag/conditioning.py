@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +45,7 @@ class Inertia:
 
     @property
     def ambiguous(self) -> bool:
+        """Whether an eigenvalue lies within a factor of ten of the tolerance."""
         above, below = self.margin_above, self.margin_below
         return (above is not None and above < AMBIGUOUS_ABOVE) or (
             below is not None and below > AMBIGUOUS_BELOW
@@ -103,10 +103,12 @@ class ExactSpectrum:
 
     @property
     def norm(self) -> float:
+        """‖H‖ = max |l_i|."""
         return float(np.abs(self.value).max(initial=0.0))
 
     @property
     def norm_error(self) -> float:
+        """Bound on the error of ``norm``."""
         return float(self.error[np.argmax(np.abs(self.value))]) if self.value.size else 0.0
 
 
@@ -237,7 +239,9 @@ def _kappa_quantile(spectrum: ExactSpectrum, quantile: float) -> Quantity:
         k = min(max(math.ceil(quantile * count), 1), descending.size) - 1
         if descending[k] <= spectrum.tolerance:
             bound = (top - top_error) / (spectrum.tolerance + float(errors[k]))
-            return Quantity.lower_bound(max(bound, 1.0)) if top > top_error else Quantity.unresolved()
+            return (
+                Quantity.lower_bound(max(bound, 1.0)) if top > top_error else Quantity.unresolved()
+            )
         return _ratio(top, top_error, float(descending[k]), float(errors[k]))
 
     middle = at(inertia.positive)

@@ -8,7 +8,7 @@ import hashlib
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,11 +61,11 @@ def transform(value: Any, tensor: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, list):
         return [transform(item, tensor) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changed = copy.copy(value)
+        twin: Any = copy.copy(value)
         for field in dataclasses.fields(value):
             part = transform(getattr(value, field.name), tensor)
-            object.__setattr__(changed, field.name, part)
-        return changed
+            object.__setattr__(twin, field.name, part)
+        return twin
     return value
 
 
@@ -183,7 +183,7 @@ def row_hashes(batch: Any) -> list[bytes]:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return cast(bytes, tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _digest(hashes: Sequence[Sequence[bytes]]) -> str:

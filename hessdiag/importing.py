@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 from hessdiag.errors import TaskError
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -66,7 +69,7 @@ def import_named(name: str) -> ModuleType:
         raise
 
 
-def guarded[T](call: Callable[[], T], path: Path | None) -> T:
+def guarded(call: Callable[[], T], path: Path | None) -> T:
     """Run the user's code; what it raises becomes a TaskError that says where.
 
     Args:

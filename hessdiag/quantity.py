@@ -121,9 +121,7 @@ class Quantity:
         def image(number: float | None) -> float | None:
             return None if number is None else function(number)
 
-        return replace(
-            self, value=image(self.value), low=image(self.low), high=image(self.high)
-        )
+        return replace(self, value=image(self.value), low=image(self.low), high=image(self.high))
 
     def without_exactness(self) -> Quantity:
         """The same bounds, claimed as an interval only."""

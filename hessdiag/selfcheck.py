@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -108,9 +107,7 @@ def run_selfchecks(
         "is claimed exact (take the loss from float64 values to mend it)"
         for place, kind in casts.items()
     )
-    subject = _Subject(
-        objective, parameters, curvature, seed, torch.float32 if casts else dtype
-    )
+    subject = _Subject(objective, parameters, curvature, seed, torch.float32 if casts else dtype)
     symmetry = _symmetry(subject)
     if not symmetry.passed:
         raise SelfCheckFailed(_asymmetry_message(subject, symmetry))

@@ -84,6 +84,7 @@ class Problem:
 
     @property
     def full_gradient(self) -> Vector:
+        """Of the loss with its weight decay."""
         return self.gradient + self.weight_decay * self.position
 
 
@@ -97,7 +98,12 @@ class Solved:
 
 
 def measure_noise(
-    error: Callable[[Vector], Vector], product: Matvec, like: Vector, *, seed: int, name: str,
+    error: Callable[[Vector], Vector],
+    product: Matvec,
+    like: Vector,
+    *,
+    seed: int,
+    name: str,
     gradient: float,
 ) -> Noise:
     """ν of a block and of its rows, from two sign vectors.
@@ -133,7 +139,8 @@ def solve_exact(matrix: Tensor, problem: Problem) -> Solved:
     norms = matrix.norm(dim=1)
     values = _common(problem, int(inactive.sum()), "exact")
     if not bool((norms > 0).any()):
-        return Solved(values | _zero_fields(problem, matrix.shape[0]), _zeros(matrix), _rows(matrix, problem))
+        nothing = {"eigenvalue": np.zeros(len(norms))}
+        return Solved(values | _zero_fields(problem, len(norms)), nothing, _rows(matrix, problem))
     live = norms > 0
     active = matrix[live][:, live]
     spectrum, vector = _decompose(active, live, problem)
@@ -176,9 +183,7 @@ def _decompose(active: Tensor, live: Tensor, problem: Problem) -> tuple[ExactSpe
     noise = _scaled_noise(problem, live, balanced.scale, "equilibrated")
     signs = eigvalsh(balanced.matrix)
     norm = float(signs.abs().max())
-    inertia = count_inertia(
-        signs.cpu().numpy(), zero_tolerance(norm, size, problem.eps, noise)
-    )
+    inertia = count_inertia(signs.cpu().numpy(), zero_tolerance(norm, size, problem.eps, noise))
     found = eigh(active)
     value, vector = found.value, found.vector
     tolerance = zero_tolerance(float(value.abs().max()), size, problem.eps, problem.noise.block)
@@ -191,7 +196,7 @@ def _decompose(active: Tensor, live: Tensor, problem: Problem) -> tuple[ExactSpe
             active, entry_error=4 * problem.eps + 10 * entry / math.sqrt(size)
         )
         if certified is not None:
-            value, vector = certified.value, certified.vector
+            value, vector = certified.value.to(active), certified.vector.to(active)
             error, tolerance = certified.relative_error * value, 0.0
     return (
         ExactSpectrum(
@@ -264,7 +269,9 @@ def _notes(spectrum: ExactSpectrum) -> list[str]:
 def _extremes(spectrum: ExactSpectrum, vector: Tensor, live: Tensor) -> dict[str, Array]:
     """The eigenvectors of the largest and of the smallest live eigenvalues, embedded."""
     size = vector.shape[1]
-    chosen = sorted({*range(min(STORED_VECTORS, size)), *range(max(size - STORED_VECTORS, 0), size)})
+    chosen = sorted(
+        {*range(min(STORED_VECTORS, size)), *range(max(size - STORED_VECTORS, 0), size)}
+    )
     embedded = vector.new_zeros(len(chosen), live.numel())
     embedded[:, live.to(vector.device)] = vector[:, chosen].T
     # The live eigenvalues are the spectrum without as many zeros as there are dead rows.
@@ -291,9 +298,7 @@ def _rows(matrix: Tensor, problem: Problem) -> dict[str, Array]:
     }
 
 
-def solve_lanczos(
-    product: Matvec, problem: Problem, *, steps: int
-) -> tuple[Solved, int]:
+def solve_lanczos(product: Matvec, problem: Problem, *, steps: int) -> tuple[Solved, int]:
     """Both ends of a block's spectrum and a lower bound on κ, from one Lanczos run.
 
     Args:
@@ -368,10 +373,6 @@ def _zero_fields(problem: Problem, size: int) -> dict[str, Value]:
         | {"gd_rate": zero, "gd_iterations_per_decade": zero, "gd_rate_applies": False}
         | {"notes": ["the matrix is zero: the loss is linear in this block, or does not use it"]}
     )
-
-
-def _zeros(matrix: Tensor) -> dict[str, Array]:
-    return {"eigenvalue": np.zeros(matrix.shape[0])}
 
 
 def skipped_fields() -> dict[str, Value]:

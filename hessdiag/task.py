@@ -204,11 +204,15 @@ def _is_integer(tensor: Tensor) -> bool:
 
 
 def _rows(batch: Any) -> float:
-    for tensor in batch_tensors(batch):
+    """Leading dimension of the first tensor that has one; a batch of scalars is one example."""
+    tensors = list(batch_tensors(batch))
+    for tensor in tensors:
         if tensor.ndim:
             return float(tensor.shape[0])
+    if tensors or batch is None:
+        return 1.0
     raise TaskError(
-        f"how many examples a batch holds cannot be told: {_kind(batch)} has no tensor with rows; "
+        f"how many examples a batch holds cannot be told: {_kind(batch)} has no tensor; "
         "give the task batch_size=..., a function of a batch that returns the number"
     )
 

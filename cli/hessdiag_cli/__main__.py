@@ -11,7 +11,6 @@ from hessdiag.errors import HessdiagError, InputError, OutOfResources
 from hessdiag_cli import console
 
 EXIT_USAGE = 2
-EXIT_PARTIAL = 4
 EXIT_RESOURCES = 5
 EXIT_INTERNAL = 70
 EXIT_INTERRUPTED = 130
@@ -22,7 +21,8 @@ def exit_code(error: BaseException) -> int:
     """The contract's exit code for an error."""
     if isinstance(error, InputError):
         return EXIT_USAGE
-    if isinstance(error, (OutOfResources, MemoryError)) or type(error).__name__ == "OutOfMemoryError":
+    # torch's own out-of-memory error by name: importing torch here would slow every command.
+    if isinstance(error, (OutOfResources, MemoryError)) or _name(error) == "OutOfMemoryError":
         return EXIT_RESOURCES
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED
@@ -50,6 +50,10 @@ def main() -> None:
         raise SystemExit(exit_code(error)) from None
 
 
+def _name(error: BaseException) -> str:
+    return type(error).__name__
+
+
 def _message(error: BaseException) -> str:
     if isinstance(error, HessdiagError):
         return str(error)
@@ -58,7 +62,7 @@ def _message(error: BaseException) -> str:
     if exit_code(error) == EXIT_RESOURCES:
         return "out of memory; lower --exact-limit, --batch-size or --memory-budget"
     return (
-        f"internal error: {type(error).__name__}: {error}\n"
+        f"internal error: {_name(error)}: {error}\n"
         "This is a bug in hessdiag. Run again with --debug and report what it prints."
     )
 

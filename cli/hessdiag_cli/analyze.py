@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -16,9 +16,7 @@ EXIT_PARTIAL = 4
 
 def analyze(
     checkpoint: Annotated[Path, Argument(metavar="CKPT", help="Checkpoint to analyse.")],
-    task: Annotated[
-        str | None, Option(help="FILE.py[:NAME], pkg.mod[:NAME] or demo:NAME.")
-    ] = None,
+    task: Annotated[str | None, Option(help="FILE.py[:NAME], pkg.mod[:NAME] or demo:NAME.")] = None,
     task_arg: Annotated[
         list[str] | None, Option(help="key=value for the task function; may be repeated.")
     ] = None,
@@ -60,12 +58,13 @@ def analyze(
     Example: hessdiag analyze model.pt --task train.py:task --max-examples 1000
     """
     from hessdiag.analysis import analyze as run_analysis
+    from hessdiag.checkpoint import read_checkpoint
     from hessdiag.options import make_options
     from hessdiag.tables import summary_table
     from hessdiag_cli.progress import progress
     from hessdiag_cli.resolution import find_task
 
-    options = {
+    options: dict[str, Any] = {
         "variants": variants,
         "blocks": blocks,
         "curvature": curvature,
@@ -83,14 +82,14 @@ def analyze(
     }
     make_options(**options)
     path = Path(f"{checkpoint.stem}.h5") if output is None else output
-    found = find_task(checkpoint, task, task_arg or [], trust=trust)
+    source = read_checkpoint(checkpoint, trust=trust)
+    found = find_task(source, task, task_arg or [])
     console.notice(f"task {found.reference} ({found.source})", quiet=quiet)
     with progress(quiet=quiet) as report:
         run = run_analysis(
             found.load(),
-            checkpoint=checkpoint,
+            checkpoint=source,
             output=path,
-            trust=trust,
             force=force,
             report=report,
             **options,

@@ -45,8 +45,6 @@ def fail(text: str) -> None:
     from rich.panel import Panel
     from rich.text import Text
 
-    terminal = sys.stderr.isatty()
-    screen = Console(
-        stderr=True, width=None if terminal else WIDTH_OFF_TERMINAL, highlight=False, soft_wrap=False
-    )
+    columns = None if sys.stderr.isatty() else WIDTH_OFF_TERMINAL
+    screen = Console(stderr=True, width=columns, highlight=False)
     screen.print(Panel(Text(text), title="hessdiag: error", title_align="left", border_style="red"))

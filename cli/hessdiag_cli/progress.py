@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hessdiag.analysis import Event
+    from hessdiag.progress import Event
 
 PLAIN_EVERY = 10.0  # seconds
 
@@ -29,7 +29,14 @@ def progress(*, quiet: bool) -> Iterator[Callable[[Event], None]]:
 @contextmanager
 def _bar() -> Iterator[Callable[[Event], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -39,7 +46,7 @@ def _bar() -> Iterator[Callable[[Event], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as display:
-        shown: dict[str, int] = {}
+        shown: dict[str, TaskID] = {}
 
         def report(event: Event) -> None:
             if event.message:

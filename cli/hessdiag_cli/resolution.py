@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from hessdiag.errors import OptionError
 
 if TYPE_CHECKING:
-    from hessdiag.checkpoint import Checkpoint
     from hessdiag.resolve import Resolution
+
+    from hessdiag.checkpoint import Checkpoint
 
 
 def find_task(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import pickletools
 import re
 import warnings
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -34,7 +34,7 @@ def refused_globals(path: Path, *, legacy: bool) -> list[str]:
     return sorted(name for name in found if not _HARMLESS.fullmatch(name))
 
 
-def imported_names(file: io.BufferedIOBase) -> set[str]:
+def imported_names(file: IO[bytes]) -> set[str]:
     """All ``module.name`` that the pickle at the file's position would import.
 
     A damaged pickle yields the names up to the damage.
@@ -57,9 +57,9 @@ def imported_names(file: io.BufferedIOBase) -> set[str]:
             elif op.name == "MEMOIZE":
                 memo[len(memo)] = last or ""
             elif op.name in ("BINPUT", "LONG_BINPUT", "PUT"):
-                memo[int(arg)] = last or ""
+                memo[int(arg or 0)] = last or ""
             elif op.name in ("BINGET", "LONG_BINGET", "GET"):
-                last = memo.get(int(arg))
+                last = memo.get(int(arg or 0))
                 texts.extend([last] if last else [])
             else:
                 last = None

@@ -45,7 +45,7 @@ def _load(path: Path, *, trust: bool, legacy: bool) -> Any:
     try:
         with warnings.catch_warnings(), on_path(Path.cwd()):
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=False)  # noqa: S614
+            return torch.load(path, map_location="cpu", weights_only=False)
     except (AttributeError, ImportError) as error:
         raise CheckpointError(
             f"{path} was pickled with classes that cannot be imported here ({error}); run where "

@@ -26,7 +26,10 @@ BUILD: dict[Curvature, BuildProduct] = {"hessian": hessian_product, "ggn": ggn_p
 class Engine(Protocol):
     """``v -> C v`` over the dataset for one block; linear, and free of side effects."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As ``--engine`` names it."""
+        ...
 
     def __call__(self, vector: Vector, /) -> Vector:
         """The product, flattened in the order of the block's parameters."""
@@ -43,6 +46,7 @@ class Recompute:
     name: str = "recompute"
 
     def __call__(self, vector: Vector, /) -> Vector:
+        """``C v`` over the dataset."""
         total = zeros(self.parameters)
         pieces = unflatten(vector, self.parameters)
         with only(self.objective.model, self.parameters):
@@ -71,6 +75,7 @@ class Kept:
                     self.products.append((product, share))
 
     def __call__(self, vector: Vector, /) -> Vector:
+        """``C v`` over the dataset."""
         total = zeros(self.parameters)
         pieces = unflatten(vector, self.parameters)
         with only(self.model, self.parameters):

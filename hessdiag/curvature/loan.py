@@ -106,18 +106,20 @@ def _convert_module(module: nn.Module, dtype: torch.dtype, device: torch.device)
         if buffer is not None:
             module._buffers[name] = convert(buffer, dtype=dtype, device=device)
     for name, value in list(module.__dict__.items()):
-        if name in _TABLES or name.startswith("_") and isinstance(value, dict):
+        if name in _TABLES or (name.startswith("_") and isinstance(value, dict)):
             continue
         if isinstance(value, nn.Parameter):
             continue
-        if isinstance(value, Tensor):
-            module.__dict__[name] = convert(value, dtype=dtype, device=device)
-        elif isinstance(value, (list, tuple, dict)) and _plain_tensors(value):
+        if _holds_plain_tensors(value):
             module.__dict__[name] = convert(value, dtype=dtype, device=device)
 
 
-def _plain_tensors(value: Any) -> bool:
-    """Whether a container holds tensors that are no parameters (those convert with their owner)."""
+def _holds_plain_tensors(value: Any) -> bool:
+    """Whether an attribute is a tensor, or a container of tensors that are no parameters."""
+    if isinstance(value, Tensor):
+        return True
+    if not isinstance(value, (list, tuple, dict)):
+        return False
     items = list(value.values()) if isinstance(value, dict) else list(value)
     return any(isinstance(item, Tensor) for item in items) and not any(
         isinstance(item, nn.Parameter) for item in items

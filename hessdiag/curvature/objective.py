@@ -46,7 +46,9 @@ class Objective:
         except Exception as error:
             raise TaskError(_why_loss_failed(error)) from error
         if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
-            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(type(value))
+            found = (
+                f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(type(value))
+            )
             raise TaskError(
                 f"the task's loss returned {found}, not a real scalar tensor; "
                 "return the mean over the batch"

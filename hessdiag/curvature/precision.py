@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hessdiag.curvature.engines import BUILD, Recompute
-from hessdiag.curvature.objective import Objective, only, zeros
+from hessdiag.curvature.objective import Objective, only
 from hessdiag.options import Curvature
 from hessdiag_probes.types import Vector
 
@@ -28,6 +27,9 @@ class Rounded(TorchDispatchMode):
     Unlike a second copy of the model in float32, it does not round the problem itself
     (parameters, data), cannot overflow, and works when the user's closure holds tensors.
     """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -101,16 +103,14 @@ def gradient_noise(
     return (coarse - objective.gradient(parameters)) * ratio
 
 
-@dataclass
 class CastWatcher(TorchDispatchMode):
     """Notes every module in whose forward, or in whose backward, precision is thrown away."""
 
-    wide: torch.dtype = torch.float64
-    running: list[str] = field(default_factory=list)
-    found: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__init__()
+    def __init__(self, wide: torch.dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.wide = wide
+        self.running: list[str] = []
+        self.found: dict[str, str] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -26,6 +26,7 @@ from hessdiag.store.schema import (
     Field,
     datasets,
 )
+from hessdiag.store.seal import check_seal
 
 
 def is_run(path: str | Path) -> bool:
@@ -33,6 +34,7 @@ def is_run(path: str | Path) -> bool:
     if not Path(path).is_file():
         return False
     try:
+        check_seal(Path(path))
         with h5py.File(path, "r", locking=False) as file:
             return bool(file.attrs.get("encoding-type") == FORMAT)
     except Exception:  # whatever h5py makes of foreign bytes: not a run
@@ -53,6 +55,7 @@ def run_file(path: str | Path) -> Iterator[h5py.File]:
     if not path.is_file():
         raise StoreError(f"{path} is not a file; name the .h5 file of a run")
     try:
+        check_seal(path)
         with h5py.File(path, "r", locking=False) as file:
             _check_version(path, file)
             yield file

@@ -2,8 +2,8 @@
 
 The file is built in memory and written by :func:`hessdiag.store.atomic.replace_file`: HDF5
 itself crashes the interpreter when the disk fills up below it (h5py 3.16, HDF5 2.0).
-Numbers carry Fletcher checksums and the metadata of format 1.10 carries its own, so a flipped
-bit in them is refused on reading.
+A flipped bit is refused on reading: by the seal of the file, and where an edit dropped that, by
+the Fletcher checksums of the numbers and those of the metadata (format 1.10).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from hessdiag.store.schema import (
     Field,
     datasets,
 )
+from hessdiag.store.seal import seal
 
 TEXT = h5py.string_dtype()
 STORED: dict[Dtype, Any] = {"float": np.float64, "int": np.int64, "bool": np.int8, "text": TEXT}
@@ -117,7 +118,7 @@ def _check_names(run: Run) -> None:
 
 def _serialised(run: Run) -> bytes:
     buffer = io.BytesIO()
-    with h5py.File(buffer, "w", libver=("v110", "v110")) as file:
+    with h5py.File(buffer, "w", libver=("earliest", "v110")) as file:
         file.attrs["encoding-type"] = FORMAT
         file.attrs["encoding-version"] = VERSION
         file.attrs["created_at"] = run.created_at
@@ -128,6 +129,10 @@ def _serialised(run: Run) -> bytes:
         for name, (_, long_name) in PROVENANCE.items():
             text = json.dumps(finite(getattr(run.provenance, name)))
             _add(group, Dataset(name, (), NONE, long_name, "text"), np.array(text, dtype=object))
+    with buffer.getbuffer() as content:
+        mark = seal(content)
+    buffer.seek(0, io.SEEK_END)
+    buffer.write(mark)
     return buffer.getvalue()
 
 

@@ -15,6 +15,7 @@ from hessdiag_probes.errors import Breakdown
 from hessdiag_probes.types import CountedMatvec, Matvec
 
 EPS = torch.finfo(torch.float64).eps
+TINY = torch.finfo(torch.float64).tiny
 SLAB = 1024
 
 
@@ -201,16 +202,17 @@ def positive_spectrum(matrix: Tensor, entry_error: float) -> PositiveSpectrum | 
         entry_error: A bound of ``|δa_ij| / sqrt(a_ii a_jj)``, the errors of the given entries.
 
     Returns:
-        The spectrum, or None where positive definiteness cannot be certified: a diagonal entry
-        is not positive, or the smallest eigenvalue of ``J``, ``A = D J D`` with
-        ``D = diag(a_ii)^½``, is not ten times larger than all that errors can do to it.
+        The spectrum, or None where it cannot be certified: a diagonal entry is not positive, the
+        smallest eigenvalue of ``J``, ``A = D J D`` with ``D = diag(a_ii)^½``, is not ten times
+        larger than all that errors can do to it, or an eigenvalue leaves the range of float64.
 
     Raises:
         ValueError: The matrix is not square, or ``entry_error`` is negative or NaN.
         Breakdown: The matrix is not finite.
 
     Cost:
-        ``O(n³)`` with a large constant.
+        ``O(n³)`` flops: 0.1, 0.8 and 7.5 s at ``n`` = 500, 1000 and 2000 on one core of 2026,
+        about ten times :func:`eigh`.
 
     Source:
         Demmel and Veselic (1992); the Jacobi method of Drmac and Veselic (2008), LAPACK's dgejsv.
@@ -232,31 +234,34 @@ def positive_spectrum(matrix: Tensor, entry_error: float) -> PositiveSpectrum | 
     if not smallest > 10 * error:
         return None
     factor = scipy.linalg.cholesky(unit, lower=False, check_finite=False)
-    singular, vector = _jacobi(factor * d)
-    value = np.square(singular[::-1])
+    solved = _jacobi(factor * d)
+    if solved is None:
+        return None
+    value, vector = solved
+    if value[0] < TINY or not np.isfinite(value[-1]):
+        return None
     return PositiveSpectrum(
         value=torch.from_numpy(value),
-        vector=torch.from_numpy(np.ascontiguousarray(vector[:, ::-1])),
+        vector=torch.from_numpy(vector),
         relative_error=error / smallest,
         scaled_condition=largest / smallest,
     )
 
 
-def _jacobi(factor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Singular values, descending, and right singular vectors of a column-scaled matrix.
+def _jacobi(factor: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Eigenvalues, ascending, and eigenvectors of ``FᵀF``, or None where LAPACK gives up.
 
     The options of dgejsv: ``joba`` C (column scaling alone spoils the condition), ``jobv`` V,
     ``jobu`` N, ``jobr`` N (no column is too small to count), no transposition, no perturbation.
+    ``work[0] / work[1]`` scales the singular values; it leaves 1 only where one would overflow.
     """
     singular, _, vector, work, _, info = lapack.dgejsv(
         np.asfortranarray(factor), joba=0, jobu=3, jobv=0, jobr=0, jobt=0, jobp=0, overwrite_a=1
     )
-    if info != 0:
-        raise Breakdown(
-            f"LAPACK's dgejsv returned info = {info}: the Jacobi sweeps did not converge; "
-            f"use eigh, whose errors are relative to the largest eigenvalue"
-        )
-    return singular * (work[0] / work[1]), vector
+    if info != 0 or work[0] != work[1]:
+        return None
+    with np.errstate(over="ignore", under="ignore"):
+        return np.square(singular[::-1]), np.ascontiguousarray(vector[:, ::-1])
 
 
 def _row_exponents(matrix: Tensor) -> Tensor:

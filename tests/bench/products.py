@@ -35,7 +35,9 @@ def best(function: Callable[[], object]) -> float:
     return min(timings)
 
 
-def pyhessian_product(model: nn.Module, batches: list[object]) -> Callable[[torch.Tensor], torch.Tensor]:
+def pyhessian_product(
+    model: nn.Module, batches: list[object]
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """PyHessian's product over a loader, as its eigenvalues and trace use it."""
     from pyhessian import hessian
 

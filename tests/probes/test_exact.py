@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -193,11 +194,28 @@ def test_every_eigenvalue_of_a_graded_matrix_is_right_to_its_stated_relative_err
 
 
 def test_eigenvalues_at_both_ends_of_the_range_survive():
-    matrix = torch.tensor([[1e-300, 0.3], [0.3, 1e300]], dtype=torch.float64)
+    matrix = torch.tensor([[1e-307, 0.3], [0.3, 1e307]], dtype=torch.float64)
     result = positive_spectrum(matrix, 0.0)
     # det / trace and trace, exact to 1e-300
-    assert float(result.value[0]) == pytest.approx((1 - 0.09) * 1e-300, rel=1e-14)
-    assert float(result.value[1]) == pytest.approx(1e300, rel=1e-14)
+    assert float(result.value[0] / 1e-307) == pytest.approx(1 - 0.09, rel=1e-14)
+    assert float(result.value[1] / 1e307) == pytest.approx(1, rel=1e-14)
+
+
+def test_an_eigenvalue_outside_the_range_gets_no_certificate():
+    below = torch.tensor([[5e-308, 4.5e-308], [4.5e-308, 5e-308]], dtype=torch.float64)
+    above = torch.tensor([[1e308, 0.9e308], [0.9e308, 1e308]], dtype=torch.float64)
+    for matrix in (below, above):
+        assert positive_spectrum(matrix, 0.0) is None
+
+
+@pytest.mark.parametrize(("info", "work"), [(1, [1.0, 1.0]), (0, [0.5, 1.0])])
+def test_a_jacobi_run_that_lapack_gives_up_on_gets_no_certificate(info, work, monkeypatch):
+    def gives_up(matrix, **_):
+        n = len(matrix)
+        return np.ones(n), np.eye(n), np.eye(n), np.array(work), np.zeros(3), info
+
+    monkeypatch.setattr(hessdiag_probes.exact.lapack, "dgejsv", gives_up)
+    assert positive_spectrum(torch.eye(2), 0.0) is None
 
 
 def test_the_smallest_eigenvalue_agrees_with_the_known_inverse():

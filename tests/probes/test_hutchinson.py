@@ -179,6 +179,9 @@ def test_float32_probes_are_summed_in_float64():
     double = hutchinson(DENSE.mv, 5, 6, generator=generator(0))
     assert run.diagonal.value.dtype == torch.float64
     assert torch.allclose(run.row_norm.value, double.row_norm.value, rtol=1e-5)
+    tiny = DENSE.float() * 1e-30
+    run = hutchinson(tiny.mv, 5, 6, generator=generator(0), dtype=torch.float32)
+    assert torch.allclose(run.row_norm.value / 1e-30, double.row_norm.value, rtol=1e-5)
 
 
 def test_bad_arguments_are_refused():

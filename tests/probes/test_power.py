@@ -32,10 +32,12 @@ def test_both_ends_of_every_spectrum_are_found(matrix, spectrum):
     assert ends.matvecs == product.count
 
 
-def test_convergence_has_the_rate_that_the_docstring_states():
+@pytest.mark.parametrize(("shift", "found"), [(0.0, 1.0), (0.9, 0.1)])
+def test_convergence_has_the_rate_that_the_docstring_states(shift, found):
     exact = torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64)
     begin = torch.ones(3, dtype=torch.float64)
-    errors = [1 - power(exact.mul, begin, steps, 0.0).value for steps in (11, 12)]
+    runs = [power(exact.mul, begin, steps, 0.0, shift=shift) for steps in (11, 12)]
+    errors = [abs(run.value - found) for run in runs]
     assert errors[1] / errors[0] == pytest.approx(0.25, rel=1e-3)
 
 
@@ -113,8 +115,18 @@ def test_float32_converges_to_float32():
 def test_a_matvec_that_returns_its_argument_is_not_disturbed():
     begin = start(4)
     kept = begin.clone()
-    assert power(lambda v: v, begin, 10, 1e-12).value == pytest.approx(1)
+    result = power(lambda v: v, begin, 10, 1e-12)
+    assert result.value == pytest.approx(1)
+    assert torch.allclose(result.vector, kept)
     assert torch.equal(begin, kept)
+
+
+def test_both_ends_share_the_scale_of_the_operator():
+    exact = torch.tensor([1.0, 0.0, 1e-4], dtype=torch.float64)
+    begin = torch.tensor([1e-3, 1.0, 1.0], dtype=torch.float64)
+    ends = power_ends(exact.mul, begin, 100, 1e-2)
+    assert ends.largest.value == pytest.approx(1, abs=1e-2)
+    assert ends.smallest.steps == 1  # its residual, 7e-4, is small beside 1
 
 
 def test_bad_arguments_are_refused():

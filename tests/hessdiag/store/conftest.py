@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import runpy
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import h5py
 import pytest
@@ -13,16 +13,9 @@ import pytest
 from hessdiag.store import write_run
 
 
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("runs", Path(__file__).with_name("runs.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
-def runs() -> ModuleType:
-    return _load()
+def runs() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("runs.py"))))
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,12 @@ def test_the_root_says_what_it_is(small_file):
         }
 
 
+def test_the_metadata_carries_checksums(small_bytes):
+    signature, superblock_version = small_bytes[:8], small_bytes[8]
+    assert signature == b"\x89HDF\r\n\x1a\n"
+    assert superblock_version == 3  # format 1.10
+
+
 def test_every_dataset_has_units_a_long_name_and_a_scale_on_every_dimension(small_file):
     seen = []
 
@@ -141,7 +147,7 @@ def test_a_folder_or_a_device_is_refused(runs, tmp_path):
 
 
 def test_a_missing_folder_is_named(runs, tmp_path):
-    with pytest.raises(StoreError, match="folder of .* does not exist; create it"):
+    with pytest.raises(StoreError, match=r"folder of .* does not exist; create it"):
         write_run(runs.small_run(), tmp_path / "no" / "run.h5")
 
 
@@ -190,14 +196,11 @@ def test_an_interrupt_leaves_nothing_behind(runs, tmp_path, monkeypatch):
 
 
 LIMITED = """
-import importlib.util, resource, signal, sys
+import resource, runpy, signal, sys
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("runs", sys.argv[1])
-runs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(runs)
 from hessdiag.errors import OutOfResources
 from hessdiag.store import write_run
-run = runs.rich_run()
+run = runpy.run_path(sys.argv[1])["rich_run"]()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:

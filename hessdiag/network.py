@@ -1,0 +1,183 @@
+"""The model on loan, and what all its blocks share: products, noise, the whole matrix, halves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from hessdiag.blocks import WHOLE, Block
+from hessdiag.bounds import never_exact
+from hessdiag.curvature.engines import Engine, make_engine
+from hessdiag.curvature.objective import Objective, flatten
+from hessdiag.curvature.precision import gradient_noise, noise_of
+from hessdiag.names import named_parameters
+from hessdiag.options import EXACT_LIMIT, Options
+from hessdiag.progress import Event, Report
+from hessdiag.quantity import Quantity
+from hessdiag.selfcheck import SelfChecks
+from hessdiag.solve import Problem, Solved, measure_noise, solve_exact, solve_lanczos
+from hessdiag_probes.exact import assemble
+from hessdiag_probes.lanczos import lanczos
+from hessdiag_probes.random import generator, sphere
+from hessdiag_probes.types import Matvec, Vector
+
+HALF_STEPS = 20
+REPORT_EVERY = 0.1  # seconds
+
+
+class Network:
+    """The model on loan, and what all its blocks share."""
+
+    def __init__(
+        self, model: nn.Module, objective: Objective, options: Options, report: Report
+    ) -> None:
+        self.objective = objective
+        self.options = options
+        self.report = report
+        self.named: dict[str, nn.Parameter] = dict(named_parameters(model))
+        self.matrix: Tensor | None = None
+        self.slices: dict[str, tuple[int, int]] = {}
+        self.halves: list[Objective] = []
+        self.loss = 0.0
+        self.narrow = False
+
+    def select(self, names: Sequence[str]) -> list[nn.Parameter]:
+        """The parameters of these names."""
+        return [self.named[name] for name in names]
+
+    def prepare(self, loss: float, checks: SelfChecks, parts: list[Objective]) -> None:
+        """Take over what was found before the blocks."""
+        self.loss = loss
+        self.narrow = bool(checks.hidden_casts)
+        self.halves = parts
+
+    def solve(
+        self, block: Block, index: int, count: int, engines: dict[str, str]
+    ) -> tuple[Solved, int]:
+        """One block: exact where it fits, else by Lanczos; with the products it took.
+
+        Args:
+            block: Not skipped.
+            index: Of the block in the order of work, from 1, for the progress.
+            count: Number of blocks.
+            engines: Takes the name of the engine that was used.
+        """
+        options = self.options
+        parameters = self.select(block.parameters)
+        cut = self._cut(block)
+        if cut is not None:
+            engines[block.name] = "cut from whole"
+            problem = self._problem(block, parameters, lambda v: (cut @ v.to(cut)).to(v))
+            return self._certified(solve_exact(cut, problem), ["cut from the matrix of whole"]), 0
+        device, dtype = parameters[0].device, parameters[0].dtype
+        limit = EXACT_LIMIT[device.type] if options.exact_limit is None else options.exact_limit
+        exact = block.size <= limit
+        engine = self._engine(self.objective, parameters)
+        engines[block.name] = engine.name
+        problem = self._problem(block, parameters, engine)
+        watched = self._watched(engine, block, index, count, block.size if exact else options.steps)
+        if not exact:
+            solved, products = solve_lanczos(watched, problem, steps=options.steps)
+            return self._certified(solved, []), products
+        found = assemble(watched, block.size, dtype=dtype, device=device)
+        if block.name == WHOLE:
+            self.matrix = found.matrix
+            self.slices = self._slices(block)
+        return self._certified(solve_exact(found.matrix, problem), []), found.matvecs
+
+    def _engine(self, objective: Objective, parameters: list[nn.Parameter]) -> Engine:
+        return make_engine(
+            objective,
+            parameters,
+            curvature=self.options.curvature,
+            engine=self.options.engine,
+            memory_budget=self.options.memory_budget,
+        )
+
+    def _problem(self, block: Block, parameters: list[nn.Parameter], product: Matvec) -> Problem:
+        options = self.options
+        gradient = self.objective.gradient(parameters)
+        wrong = gradient_noise(self.objective, parameters, narrow=self.narrow)
+        noise = measure_noise(
+            noise_of(self.objective, parameters, options.curvature, narrow=self.narrow),
+            product,
+            gradient,
+            seed=options.seed,
+            name=block.name,
+            gradient=10 * float(wrong.norm()),
+        )
+        narrow = self.narrow or gradient.dtype == torch.float32
+        return Problem(
+            name=block.name,
+            gradient=gradient,
+            position=flatten([p.data for p in parameters]),
+            loss=self.loss,
+            noise=noise,
+            eps=torch.finfo(torch.float32 if narrow else torch.float64).eps,
+            weight_decay=options.weight_decay,
+            damping=options.damping,
+            seed=options.seed,
+        )
+
+    def _certified(self, solved: Solved, notes: list[str]) -> Solved:
+        values = solved.values
+        own = values["notes"]
+        values["notes"] = notes + (own if isinstance(own, list) else [])
+        if self.narrow:
+            values = never_exact(values)
+        return Solved(values, solved.spectrum, solved.rows)
+
+    def _slices(self, block: Block) -> dict[str, tuple[int, int]]:
+        ends = accumulate(self.named[name].numel() for name in block.parameters)
+        return {
+            name: (end - self.named[name].numel(), end)
+            for name, end in zip(block.parameters, ends, strict=True)
+        }
+
+    def _cut(self, block: Block) -> Tensor | None:
+        """The block's part of the whole network's matrix, where that was assembled."""
+        if self.matrix is None or block.name == WHOLE:
+            return None
+        device = self.matrix.device
+        index = torch.cat([torch.arange(*self.slices[n], device=device) for n in block.parameters])
+        return self.matrix[index][:, index]
+
+    def _watched(self, product: Matvec, block: Block, index: int, count: int, total: int) -> Matvec:
+        done = 0
+        reported = 0.0
+
+        def counted(vector: Vector) -> Vector:
+            nonlocal done, reported
+            result = product(vector)
+            done += 1
+            now = time.perf_counter()
+            if now - reported >= REPORT_EVERY or done >= total:
+                reported = now
+                self.report(Event(block.name, index, count, done, total))
+            return result
+
+        return counted
+
+    def half_ratio(self, block: Block) -> Quantity:
+        """λ_max on one half of the drawn examples over that on the other, by Lanczos."""
+        if not self.halves:
+            return Quantity.absent()
+        parameters = self.select(block.parameters)
+        tops = []
+        for half in self.halves:
+            engine = self._engine(half, parameters)
+            start = sphere(
+                block.size,
+                generator=generator(self.options.seed, block.name, "half ratio"),
+                dtype=parameters[0].dtype,
+                device=parameters[0].device,
+            )
+            run = lanczos(engine, start, min(HALF_STEPS, block.size))
+            tops.append(float(run.ritz().value[-1]) + self.options.weight_decay)
+        if tops[1] == 0:
+            return Quantity.unresolved()
+        return Quantity.estimate(tops[0] / tops[1])

@@ -1,0 +1,103 @@
+"""``inspect`` says what a file is and which task it has, and runs nothing."""
+
+import json
+
+import pytest
+import torch
+import typer
+from torch import nn
+from typer.testing import CliRunner
+
+from hessdiag.errors import CheckpointError, TaskError
+from hessdiag_cli.inspect import inspect
+
+FATAL = "raise RuntimeError('user code ran')\n"
+app = typer.Typer()
+app.command()(inspect)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HESSDIAG_TASK", raising=False)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.Adam(model.named_parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = model.state_dict()
+    state["1.bias"][0] = float("nan")
+    content = {"model": state, "optimizer": optimizer.state_dict(), "step": 1, "epoch": 2}
+    torch.save(content, tmp_path / "m.pt")
+    torch.save({f"layers.{i}.weight": torch.ones(2, 2) for i in range(60)}, tmp_path / "deep.pt")
+    return tmp_path
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, arguments)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_the_table_shows_file_optimizer_tensors_and_what_is_not_finite(here):
+    lines = run("m.pt").stdout.splitlines()
+    text = "\n".join(lines)
+    assert "training checkpoint (torch zip)" in text
+    assert "4 tensors, 26 values" in text
+    assert "state (step, exp_avg, exp_avg_sq) of 4 of 4 parameters in 1 group, with param" in text
+    assert "none found; write one with: hessdiag init" in text
+    assert [line.split() for line in lines[-4:]] == [
+        ["0.weight", "4", "×", "3", "float32", "12"],
+        ["0.bias", "4", "float32", "4"],
+        ["1.weight", "2", "×", "4", "float32", "8"],
+        ["1.bias", "2", "float32", "2", "1", "NaN", "or", "infinite"],
+    ]
+    assert max(map(len, lines)) <= 100
+
+
+def test_json_is_one_document(here):
+    result = run("m.pt", "--json", "--task", "demo:mlp")
+    found = json.loads(result.stdout)
+    assert result.stderr == ""
+    assert set(found) == {"format", "path", "task", "step", "tensors", "optimizer", "notices"}
+    assert found["task"] == {"reference": "demo:mlp", "source": "--task"}
+    assert found["tensors"][3] == {
+        "name": "1.bias",
+        "shape": [2],
+        "dtype": "float32",
+        "finite": False,
+    }
+    assert found["optimizer"] == {
+        "groups": 1,
+        "parameters": 4,
+        "with_state": 4,
+        "state": ["step", "exp_avg", "exp_avg_sq"],
+        "named": True,
+    }
+    bare = json.loads(run("deep.pt", "--json").stdout)
+    assert bare["task"] is bare["optimizer"] is None
+
+
+def test_a_long_list_is_cut_unless_verbose(here):
+    short, long = run("deep.pt").stdout, run("deep.pt", "-v").stdout
+    assert "… and 20 more tensors (-v lists them)" in short
+    assert "layers.39.weight" in short
+    assert "layers.40.weight" not in short
+    assert "layers.59.weight" in long
+
+
+@pytest.mark.parametrize("by", ["--task", "file"])
+def test_no_user_code_runs(here, by):
+    (here / "hessdiag_task.py").write_text(FATAL)
+    arguments = ["--task", "hessdiag_task.py:net"] if by == "--task" else []
+    text = run("m.pt", *arguments).stdout
+    assert ("hessdiag_task.py:net (from --task)" in text) is (by == "--task")
+    assert ("hessdiag_task.py:task (from hessdiag_task.py of" in text) is (by == "file")
+
+
+def test_wrong_input_raises_the_trees_errors(here):
+    with pytest.raises(TaskError, match=r"no file gone.py"):
+        run("m.pt", "--task", "gone.py")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        run("gone.pt")

@@ -1,0 +1,71 @@
+import math
+from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hessdiag.marks import MEANINGS, certified, marked, percent, scientific, whole
+from hessdiag.quantity import Quantity
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False, min_value=-1e300, max_value=1e300)
+
+
+@pytest.mark.parametrize(
+    ("quantity", "shown"),
+    [
+        (Quantity.exact(249312.0), "= 2.49e+05"),
+        (Quantity.exact(-0.00012), "= -1.20e-04"),
+        (Quantity.exact(0.0), "= 0"),
+        (Quantity.exact(0.0, -1e-17, 1e-17), "= 0"),
+        (Quantity.exact(23456.0, 23000.0, 24000.0), "= 2.3e+04"),
+        (Quantity.exact(23456.0, 13000.0, 34000.0), "= 2e+04"),
+        (Quantity.exact(23456.0, 23450.0, 23499.0), "= 2.35e+04"),
+        (Quantity.lower_bound(1.999e5), "≥ 1.99e+05"),
+        (Quantity.lower_bound(0.3), "≥ 3.00e-01"),
+        (Quantity.lower_bound(-1.999), "≥ -2.00e+00"),
+        (Quantity.upper_bound(1.001e5), "≤ 1.01e+05"),
+        (Quantity.interval(9e4, 8.31e4, 1.29e5, 0.999), "[8.3e4, 1.3e5]"),
+        (Quantity.interval(0.0, -0.013, 0.013, 0.999), "[-1.3e-2, 1.3e-2]"),
+        (Quantity.interval(2.495, 2.4949999, 2.4950001, 0.999), "[2.50e+00]"),
+        (Quantity.estimate(12.345), "~ 1.23e+01"),
+        (Quantity.estimate(12.345, 10.0, 15.0, 0.95), "~ 1.23e+01"),
+        (Quantity.unresolved(), "?"),
+        (Quantity.zero(), "0"),
+        (Quantity.absent(), "–"),
+    ],
+)
+def test_every_kind_in_print(quantity, shown):
+    mark = certified(quantity)
+    assert str(mark) == shown
+    assert mark.kind in MEANINGS
+
+
+@given(FINITE, st.integers(1, 6))
+def test_a_bound_is_never_rounded_to_the_flattering_side(number, digits):
+    show = scientific(digits)
+    assert float(show(number, ROUND_FLOOR)) <= number <= float(show(number, ROUND_CEILING))
+    nearest = float(show(number, ROUND_HALF_EVEN))
+    unit = 10.0 ** (math.floor(math.log10(abs(number))) - digits + 1) if number else 0.0
+    assert abs(nearest - number) <= unit
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [(0.0, "0%"), (1e-9, "<0.1%"), (0.123456, "12.3%"), (0.99999, ">99.9%"), (1.0, "100.0%")],
+)
+def test_a_share_reads_zero_or_all_only_when_it_is(share, shown):
+    assert percent(share, ROUND_HALF_EVEN) == shown
+
+
+@pytest.mark.parametrize(
+    ("quantity", "shown"),
+    [
+        (Quantity.exact(12), "12"),
+        (Quantity.interval(5, 3, 9, 0.95), "[3, 9]"),
+        (Quantity.interval(5.2, 4.9, 5.0, 0.95), "[4, 6]"),
+        (Quantity.lower_bound(3), "≥ 3"),
+    ],
+)
+def test_counts_are_whole(quantity, shown):
+    assert str(marked(quantity, whole)) == shown
