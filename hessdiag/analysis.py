@@ -30,7 +30,8 @@ from hessdiag.quantity import Quantity
 from hessdiag.run import BlockResult, Provenance, Run, Value, VariantResult
 from hessdiag.selfcheck import run_selfchecks
 from hessdiag.solve import skipped_fields
-from hessdiag.store.read import read_run
+from hessdiag.store.read import is_run, read_run
+from hessdiag.store.write import check_target
 from hessdiag.task import Task, as_loss, units
 
 
@@ -75,6 +76,9 @@ def analyze(
     chosen = make_options(**options)
     if isinstance(checkpoint, (str, Path)):
         checkpoint = read_checkpoint(checkpoint, trust=trust)
+    if output is not None:
+        # A run that is there may be this very one, so only what can never be written is refused.
+        check_target(output, force=True)
     analysis = Analysis(task, chosen, checkpoint, report or _silent)
     run = analysis.run(Path(output) if output is not None else None, force=force)
     if output is not None and not analysis.reprinted:
@@ -273,7 +277,7 @@ def _stored_run(output: Path | None, fingerprint: dict[str, Any], *, force: bool
     Raises:
         StoreError: Something else is there, and ``force`` is not set.
     """
-    if output is None or not output.exists():
+    if output is None or not is_run(output):
         return None
     stored = read_run(output)
     if compare_fingerprints(stored.provenance.fingerprint, fingerprint, output, force=force):

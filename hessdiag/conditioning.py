@@ -102,6 +102,14 @@ class ExactSpectrum:
     noise: float
 
     @property
+    def resolved(self) -> bool:
+        """Whether the eigenvalues beyond ±τ are exactly those that the inertia counts."""
+        positive = int((self.value > self.tolerance).sum())
+        negative = int((self.value < -self.tolerance).sum())
+        counted = (self.inertia.positive, self.inertia.negative)
+        return not self.inertia.ambiguous and (positive, negative) == counted
+
+    @property
     def norm(self) -> float:
         """‖H‖ = max |l_i|."""
         return float(np.abs(self.value).max(initial=0.0))
@@ -124,13 +132,12 @@ def exact_quantities(
     Source:
         maths 1.1 to 1.5; intervals are first-order images of the eigenvalues' error bounds.
     """
-    value, error, inertia = spectrum.value, spectrum.error, spectrum.inertia
-    size = value.size
-    top = Quantity.exact(value[-1], value[-1] - error[-1], value[-1] + error[-1])
-    bottom = Quantity.exact(value[0], value[0] - error[0], value[0] + error[0])
+    inertia, size = spectrum.inertia, spectrum.value.size
+    top, top_error = _positive_top(spectrum)
+    least, least_error = float(spectrum.value[0]), float(spectrum.error[0])
     fields: dict[str, Value] = {
-        "lambda_max": top,
-        "lambda_min": bottom,
+        "lambda_max": Quantity.exact(top, top - top_error, top + top_error),
+        "lambda_min": Quantity.exact(least, least - least_error, least + least_error),
         "lambda_min_positive": _smallest_positive(spectrum),
         "kappa": _kappa(spectrum),
         "kappa_abs": _kappa_abs(spectrum),
@@ -150,7 +157,7 @@ def exact_quantities(
 def rates(kappa: Quantity) -> dict[str, Value]:
     """Gradient descent's asymptotic rate and iterations per decade, from κ (maths 2.1)."""
     return {
-        "gd_rate": kappa.increasing(lambda k: (k - 1) / (k + 1)),
+        "gd_rate": kappa.increasing(lambda k: (k - 1) / (k + 1), most=1.0),
         "gd_iterations_per_decade": kappa.increasing(_iterations_per_decade),
     }
 
@@ -177,9 +184,14 @@ def _resolved(spectrum: ExactSpectrum) -> bool:
     return not spectrum.inertia.ambiguous and seen == spectrum.inertia.positive
 
 
+def _nothing_positive(inertia: Inertia) -> Quantity:
+    """For a count of zero: there is no such quantity, unless the count is in doubt."""
+    return Quantity.absent() if inertia.positive_high == 0 else Quantity.unresolved()
+
+
 def _kappa(spectrum: ExactSpectrum) -> Quantity:
     if spectrum.inertia.positive == 0:
-        return Quantity.absent()
+        return _nothing_positive(spectrum.inertia)
     top, top_error = _positive_top(spectrum)
     positive = np.flatnonzero(spectrum.value > spectrum.tolerance)
     if positive.size == 0:
@@ -198,7 +210,7 @@ def _kappa(spectrum: ExactSpectrum) -> Quantity:
 
 def _smallest_positive(spectrum: ExactSpectrum) -> Quantity:
     if spectrum.inertia.positive == 0:
-        return Quantity.absent()
+        return _nothing_positive(spectrum.inertia)
     positive = np.flatnonzero(spectrum.value > spectrum.tolerance)
     if positive.size == 0:
         return Quantity.unresolved()
@@ -231,7 +243,7 @@ def _kappa_quantile(spectrum: ExactSpectrum, quantile: float) -> Quantity:
     """``l_1 / l_(k)``, k = ⌈q n₊⌉; where the count is ambiguous the interval spans its range."""
     inertia = spectrum.inertia
     if inertia.positive == 0:
-        return Quantity.absent()
+        return _nothing_positive(inertia)
     top, top_error = _positive_top(spectrum)
     descending, errors = spectrum.value[::-1], spectrum.error[::-1]
 
@@ -311,8 +323,10 @@ def _negative(spectrum: ExactSpectrum) -> dict[str, Value]:
     value, inertia, size = spectrum.value, spectrum.inertia, spectrum.value.size
     certain = value < -spectrum.tolerance
     total, total_error = float(np.abs(value).sum()), float(spectrum.error.sum())
-    mass = float(-value[certain].sum())
+    mass = float(np.abs(value[certain]).sum())
     mass_error = float(spectrum.error[certain].sum())
+    null = np.abs(value) <= spectrum.tolerance
+    unseen = 0.0 if spectrum.resolved else float((np.abs(value) + spectrum.error)[null].sum())
     depth = max(-float(value[0]), 0.0) if certain.any() else 0.0
     depth_error = float(spectrum.error[0]) if certain.any() else spectrum.tolerance
     norm, norm_error = spectrum.norm, spectrum.norm_error
@@ -324,7 +338,7 @@ def _negative(spectrum: ExactSpectrum) -> dict[str, Value]:
         "negative_mass": Quantity.exact(
             mass / total,
             max(mass - mass_error, 0.0) / (total + total_error),
-            min((mass + mass_error) / max(total - total_error, 1e-300), 1.0),
+            min((mass + mass_error + unseen) / max(total - total_error, 1e-300), 1.0),
         ),
         "negative_depth": Quantity.exact(
             depth / norm,

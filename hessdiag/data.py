@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from hessdiag.errors import InputError, TaskError
 from hessdiag_probes.random import generator
@@ -36,35 +37,47 @@ class Batches:
     notices: tuple[str, ...] = ()
 
 
-def transform(value: Any, tensor: Callable[[Tensor], Any]) -> Any:
-    """Apply ``tensor`` to every tensor inside ``value``; its structure and types stay."""
+def transform(
+    value: Any,
+    tensor: Callable[[Tensor], Any],
+    packed: Callable[[PackedSequence], Any] | None = None,
+) -> Any:
+    """Apply ``tensor`` to every tensor inside ``value``; its structure and types stay.
+
+    Of a packed sequence the data are meant, or ``packed`` is applied to all of it.
+    """
+
+    def inside(item: Any) -> Any:
+        return transform(item, tensor, packed)
+
     if isinstance(value, Tensor):
         return tensor(value)
-    if isinstance(value, torch.nn.utils.rnn.PackedSequence):
+    if isinstance(value, PackedSequence):
+        if packed is not None:
+            return packed(value)
         data = tensor(value.data)
         return value._replace(data=data) if data.device == value.data.device else value.to(data)
-    if isinstance(value, UserDict):
+    if isinstance(value, (dict, UserDict)):
         changed = copy.copy(value)
-        changed.data = {key: transform(item, tensor) for key, item in value.data.items()}
+        for key, item in value.items():
+            changed[key] = inside(item)
         return changed
     if isinstance(value, Mapping):
-        items = {key: transform(item, tensor) for key, item in value.items()}
-        if type(value) is dict:
-            return items
+        items = {key: inside(item) for key, item in value.items()}
         try:
             return type(value)(items)  # type: ignore[call-arg]
         except TypeError:
             return items
     if isinstance(value, tuple):
-        parts = [transform(item, tensor) for item in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        parts = [inside(item) for item in value]
+        make = getattr(type(value), "_make", type(value))
+        return make(parts)
     if isinstance(value, list):
-        return [transform(item, tensor) for item in value]
+        return [inside(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         twin: Any = copy.copy(value)
         for field in dataclasses.fields(value):
-            part = transform(getattr(value, field.name), tensor)
-            object.__setattr__(twin, field.name, part)
+            object.__setattr__(twin, field.name, inside(getattr(value, field.name)))
         return twin
     return value
 
@@ -81,12 +94,25 @@ def leaves(value: Any) -> list[Tensor]:
     return found
 
 
-def convert(value: Any, *, dtype: torch.dtype, device: torch.device) -> Any:
-    """``value`` on ``device``, its floating-point tensors in ``dtype``; always copies."""
+def packed_sequences(value: Any) -> list[PackedSequence]:
+    """All packed sequences inside ``value``."""
+    found: list[PackedSequence] = []
+    transform(value, lambda tensor: tensor, found.append)
+    return found
+
+
+def convert(
+    value: Any, *, dtype: torch.dtype, device: torch.device, keep_grad: bool = False
+) -> Any:
+    """``value`` on ``device``, its floating-point tensors in ``dtype``; always copies.
+
+    With ``keep_grad`` inputs that require gradients (of a PINN) still do.
+    """
 
     def move(tensor: Tensor) -> Tensor:
         wanted = dtype if tensor.is_floating_point() else tensor.dtype
-        return tensor.detach().to(device=device, dtype=wanted, copy=True)
+        copied = tensor.detach().to(device=device, dtype=wanted, copy=True)
+        return copied.requires_grad_(keep_grad and tensor.requires_grad)
 
     return transform(value, move)
 
@@ -127,7 +153,7 @@ def load_batches(
     hashes = [row_hashes(batch) for batch in first]
     again = [row_hashes(batch) for batch in data]
     notices = _compare_passes(hashes, again, max_examples is not None, order_matters)
-    rows = sum(len(digests) for digests in hashes)
+    rows = sum(row_count(batch) for batch in first)
     if max_examples is not None and max_examples < rows:
         first = _subset(first, max_examples, seed)
     if batch_size is not None:
@@ -141,9 +167,11 @@ def load_batches(
     total = sum(count for _, count in kept)
     final = [row_hashes(batch) for batch, _ in kept]
     return Batches(
-        items=tuple(convert(batch, dtype=dtype, device=device) for batch, _ in kept),
+        items=tuple(
+            convert(batch, dtype=dtype, device=device, keep_grad=True) for batch, _ in kept
+        ),
         shares=tuple(count / total for _, count in kept),
-        rows=sum(len(digests) for digests in final),
+        rows=sum(row_count(batch) for batch, _ in kept),
         digest=_digest(final),
         notices=tuple(notices),
     )
@@ -151,27 +179,42 @@ def load_batches(
 
 def copy_batch(batch: Any) -> Any:
     """A batch whose tensors are its own, so that a loader may reuse its buffers."""
-    return transform(batch, lambda tensor: tensor.detach().clone())
+    return transform(batch, lambda t: t.detach().clone().requires_grad_(t.requires_grad))
 
 
 def row_count(batch: Any) -> int:
-    """Leading dimension of the first tensor; 1 where there is no such dimension."""
-    found = leaves(batch)
-    return found[0].shape[0] if found and found[0].dim() > 0 else 1
+    """How many examples a batch holds.
+
+    The leading dimension of the first tensor that has one, the number of sequences where that
+    is packed; 1 where there is no such tensor.
+    """
+    counts: list[int] = []
+
+    def count(tensor: Tensor) -> None:
+        if tensor.dim() > 0:
+            counts.append(tensor.shape[0])
+
+    transform(batch, count, lambda sequences: counts.append(int(sequences.batch_sizes[0])))
+    return counts[0] if counts else 1
+
+
+def is_stack(batch: Any) -> bool:
+    """Whether every tensor has a row per example, so that rows can be taken from the batch."""
+    found, rows = leaves(batch), row_count(batch)
+    if not found or packed_sequences(batch):
+        return False
+    return all(t.layout == torch.strided and t.dim() > 0 and t.shape[0] == rows for t in found)
 
 
 def row_hashes(batch: Any) -> list[bytes]:
     """A hash per row; a batch that is no stack of rows counts as one."""
-    found = leaves(batch)
-    rows = row_count(batch)
-    plain = [tensor.detach().cpu().contiguous() for tensor in found if not tensor.is_sparse]
-    if len(plain) < len(found) or any(t.dim() == 0 or t.shape[0] != rows for t in plain):
+    found, rows = leaves(batch), row_count(batch)
+    if not is_stack(batch):
         whole = hashlib.sha256()
-        for tensor in found:
-            dense = tensor.detach().cpu().to_dense() if tensor.is_sparse else tensor.detach().cpu()
-            whole.update(_bytes(dense.contiguous()))
+        for tensor in (*found, *(s.batch_sizes for s in packed_sequences(batch))):
+            whole.update(_bytes(tensor))
         return [whole.digest()]
-    views = [memoryview(_bytes(tensor)) for tensor in plain]
+    views = [memoryview(_bytes(tensor)) for tensor in found]
     widths = [len(view) // rows if rows else 0 for view in views]
     digests = []
     for row in range(rows):
@@ -183,7 +226,10 @@ def row_hashes(batch: Any) -> list[bytes]:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    dense = tensor.detach().cpu()
+    if dense.layout != torch.strided:
+        dense = dense.to_dense()
+    return dense.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _digest(hashes: Sequence[Sequence[bytes]]) -> str:
@@ -231,14 +277,12 @@ def join(batches: Sequence[Any]) -> Any:
     Raises:
         InputError: The batches are no stacks of rows, or their rows differ in shape.
     """
+    if not all(is_stack(batch) for batch in batches):
+        raise InputError(
+            "the batches cannot be cut anew: not every tensor in them has a row per example; "
+            "leave out --batch-size and --max-examples, or let the task's data do it"
+        )
     parts = [leaves(batch) for batch in batches]
-    for batch, tensors in zip(batches, parts, strict=True):
-        rows = row_count(batch)
-        if not tensors or any(t.dim() == 0 or t.shape[0] != rows for t in tensors):
-            raise InputError(
-                "the batches cannot be cut anew: not every tensor in them has a row per example; "
-                "leave out --batch-size and --max-examples, or let the task's data do it"
-            )
     if len({len(tensors) for tensors in parts}) != 1:
         raise InputError("the batches cannot be cut anew: they differ in structure")
     try:
@@ -261,7 +305,7 @@ def take(batch: Any, rows: Tensor | slice) -> Any:
 def _subset(batches: Sequence[Any], count: int, seed: int) -> list[Any]:
     """``count`` rows drawn without replacement, left in their batches and order."""
     sizes = [row_count(batch) for batch in batches]
-    join([take(batch, slice(0, 0)) for batch in batches])
+    join([take(batch, slice(0, 0)) if is_stack(batch) else batch for batch in batches])
     source = generator(seed, "data", "subset")
     drawn = torch.randperm(sum(sizes), generator=source)[:count].sort().values
     chosen = []
@@ -281,6 +325,8 @@ def _cut(batch: Any, size: int) -> Iterator[Any]:
 
 def halves(batches: Batches, units: Callable[[Any], float]) -> tuple[Batches, Batches] | None:
     """The rows at even and at odd positions; None where there are no two rows to part."""
+    if not all(is_stack(batch) for batch in batches.items):
+        return None
     parts: tuple[list[Any], list[Any]] = ([], [])
     start = 0
     for batch in batches.items:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,8 +12,10 @@ from hessdiag.run import HORIZONS, Value
 
 Array = NDArray[np.float64]
 
+EPS = float(np.finfo(np.float64).eps)
 PARTS = ("positive", "null", "negative", "total")
 NEGATIVE_SHARE = 0.1
+LOSS_ROUNDING = 1e-12  # of the loss: a total that exceeds it by less has not exceeded it
 
 
 def gd_forecast(
@@ -20,6 +24,7 @@ def gd_forecast(
     *,
     error: Array,
     tolerance: float,
+    resolved: bool,
     gradient_error: float,
     loss: float,
 ) -> dict[str, Value]:
@@ -30,6 +35,8 @@ def gd_forecast(
         coefficient: The gradient in the eigenvectors' basis, (n,).
         error: Bound on each eigenvalue's error, (n,).
         tolerance: τ, which tells positive, null and negative apart.
+        resolved: The eigenvalues beyond τ are those that the inertia counts; else the null part's
+            share may belong to the others.
         gradient_error: Bound on the error of the gradient, 2-norm.
         loss: L at this point: a total that exceeds it is no forecast.
     Returns:
@@ -41,32 +48,43 @@ def gd_forecast(
     norm = float((size + error).max())
     step = 1.0 / norm
     rounding = float(error.max())
+    step_error = 2 * rounding * step * step  # ‖H‖ is known to its error only
+    gradient_error += 4 * EPS * math.sqrt(value.size) * float(np.linalg.norm(coefficient))
     parts = {
         "positive": value > tolerance,
         "null": size <= tolerance,
         "negative": value < -tolerance,
     }
+    unsure = np.abs(size - tolerance) <= error if tolerance > 0 else np.zeros_like(parts["null"])
+    if not resolved:
+        unsure |= parts["null"]
     leak = {name: _leak(value, coefficient, inside, rounding) for name, inside in parts.items()}
     found: dict[str, dict[str, Quantity]] = {name: {} for name in PARTS}
     for horizon in HORIZONS:
         steps = int(horizon)
-        gain, slope = _gain(value, step, steps)
+        gain, slope, lag = _gain(value, step, steps)
         with np.errstate(over="ignore", invalid="ignore"):
             energy = np.where(coefficient == 0, 0.0, coefficient**2 * gain)
-            bend = np.where(coefficient == 0, 0.0, coefficient**2 * slope * error)
+            change = slope * error + lag * step_error
+            bend = np.where(coefficient == 0, 0.0, coefficient**2 * change)
+            bend += (value.size + 16) * EPS * energy
             drift = 2 * gradient_error * np.abs(coefficient * gain)
-        for name, inside in parts.items():
-            mixed = leak[name] * step * steps if name != "negative" else leak[name] * _most(gain)
-            amount = float(energy[inside].sum())
-            slack = float(bend[inside].sum() + np.hypot.reduce(drift[inside]) + mixed)
-            found[name][horizon] = Quantity.exact(amount, max(amount - slack, 0.0), amount + slack)
-        total = float(energy.sum())
-        slack = float(bend.sum() + np.hypot.reduce(drift))
+            for name, inside in parts.items():
+                mixed = leak[name] * (_most(gain) if name == "negative" else step * steps)
+                amount = float(energy[inside].sum())
+                slack = float(bend[inside].sum() + np.hypot.reduce(drift[inside]) + mixed)
+                lent = float(energy[inside & unsure].sum())
+                owed = float(energy[~inside & unsure].sum())
+                found[name][horizon] = Quantity.exact(
+                    amount, max(amount - slack - lent, 0.0), amount + slack + owed
+                )
+            total = float(energy.sum())
+            slack = float(bend.sum() + np.hypot.reduce(drift))
         lost = float(energy[parts["negative"]].sum())
-        beyond = (loss > 0 and total > loss) or lost > NEGATIVE_SHARE * total
+        exceeds = loss > 0 and total - slack > loss * (1 + LOSS_ROUNDING)
         found["total"][horizon] = (
             Quantity.unresolved()
-            if beyond
+            if exceeds or lost > NEGATIVE_SHARE * total
             else Quantity.exact(total, max(total - slack, 0.0), total + slack)
         )
     return {f"forecast_{name}": quantities for name, quantities in found.items()}
@@ -77,18 +95,22 @@ def uniform_forecast(quantity: Quantity) -> dict[str, Value]:
     return {f"forecast_{name}": dict.fromkeys(HORIZONS, quantity) for name in PARTS}
 
 
-def _gain(value: Array, step: float, steps: int) -> tuple[Array, Array]:
-    """``f(l) = (1 − (1 − a l)^{2T}) / (2 l)`` and a bound on ``|f'|``; infinite on overflow."""
+def _gain(value: Array, step: float, steps: int) -> tuple[Array, Array, Array]:
+    """``f(l) = (1 − (1 − a l)^{2T}) / (2 l)`` and bounds on ``|f'|`` and ``|∂f/∂a|``.
+
+    All infinite where they overflow.
+    """
     x = step * value
     tiny = np.abs(value) < np.finfo(float).tiny
     safe = np.where(tiny, 1.0, value)
     with np.errstate(over="ignore", divide="ignore"):
-        gain = -np.expm1(2 * steps * np.log1p(-np.where(tiny, 0.5, x))) / (2 * safe)
-        gain = np.where(tiny, step * steps, gain)
+        log = np.log1p(-np.where(tiny, 0.5, x))
+        gain = np.where(tiny, step * steps, -np.expm1(2 * steps * log) / (2 * safe))
+        lag = steps * np.where(tiny, 1.0, np.exp((2 * steps - 1) * log))
         growth = np.exp(2 * steps * np.log1p(np.maximum(-x, 0.0)))
-    flat = step**2 * steps * (2 * steps - 1) / 2
-    slope = np.where(value > 0, np.minimum(flat, gain / np.where(tiny, 1.0, safe)), flat * growth)
-    return gain, np.where(tiny, flat, slope)
+        flat = step**2 * steps * (2 * steps - 1) / 2
+        slope = np.where(value > 0, np.minimum(flat, gain / safe), flat * growth)
+    return gain, np.where(tiny, flat, slope), lag
 
 
 def _leak(value: Array, coefficient: Array, inside: NDArray[np.bool_], rounding: float) -> float:

@@ -82,6 +82,7 @@ class Network:
         watched = self._watched(engine, block, index, count, block.size if exact else options.steps)
         if not exact:
             solved, products = solve_lanczos(watched, problem, steps=options.steps)
+            self.report(Event(block.name, index, count, products, products))
             return self._certified(solved, []), products
         found = assemble(watched, block.size, dtype=dtype, device=device)
         if block.name == WHOLE:

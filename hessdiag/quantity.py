@@ -20,6 +20,8 @@ STATUSES: tuple[Status, ...] = (
     "zero",
 )
 
+ROUNDING = 1e-15  # relative, of a few operations in float64
+
 
 class QuantityJson(TypedDict):
     """The JSON form of a :class:`Quantity`."""
@@ -115,13 +117,23 @@ class Quantity:
         """The quantity does not exist for this block."""
         return cls(None, None, None, None, None)
 
-    def increasing(self, function: Callable[[float], float]) -> Quantity:
-        """The quantity under an increasing ``function``; its certificate carries over."""
+    def increasing(
+        self, function: Callable[[float], float], *, most: float = math.inf
+    ) -> Quantity:
+        """The quantity under an increasing, nonnegative ``function`` that never exceeds ``most``.
 
-        def image(number: float | None) -> float | None:
-            return None if number is None else function(number)
+        The certificate carries over, widened by what rounding does to the function itself.
+        """
 
-        return replace(self, value=image(self.value), low=image(self.low), high=image(self.high))
+        def image(number: float | None, factor: float) -> float | None:
+            return None if number is None else min(function(number) * factor, most)
+
+        return replace(
+            self,
+            value=image(self.value, 1.0),
+            low=image(self.low, 1.0 - ROUNDING),
+            high=image(self.high, 1.0 + ROUNDING),
+        )
 
     def without_exactness(self) -> Quantity:
         """The same bounds, claimed as an interval only."""

@@ -87,6 +87,11 @@ class Problem:
         """Of the loss with its weight decay."""
         return self.gradient + self.weight_decay * self.position
 
+    @property
+    def full_loss(self) -> float:
+        """With the weight decay of the block: what its steps can lower at most."""
+        return self.loss + 0.5 * self.weight_decay * float(self.position.square().sum())
+
 
 @dataclass(frozen=True)
 class Solved:
@@ -153,8 +158,9 @@ def solve_exact(matrix: Tensor, problem: Problem) -> Solved:
         coefficient.cpu().numpy(),
         error=full.error,
         tolerance=full.tolerance,
+        resolved=full.resolved,
         gradient_error=problem.noise.gradient,
-        loss=problem.loss,
+        loss=problem.full_loss,
     )
     kappa = values["kappa"]
     if isinstance(kappa, Quantity):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hessdiag.data import row_count
 from hessdiag.errors import TaskError
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -206,9 +207,8 @@ def _is_integer(tensor: Tensor) -> bool:
 def _rows(batch: Any) -> float:
     """Leading dimension of the first tensor that has one; a batch of scalars is one example."""
     tensors = list(batch_tensors(batch))
-    for tensor in tensors:
-        if tensor.ndim:
-            return float(tensor.shape[0])
+    if any(tensor.ndim for tensor in tensors):
+        return float(row_count(batch))
     if tensors or batch is None:
         return 1.0
     raise TaskError(

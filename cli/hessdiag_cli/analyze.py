@@ -98,7 +98,9 @@ def analyze(
         console.notice(f"notice: {warning}", quiet=quiet)
     if verbose:
         console.notice(f"engines: {run.provenance.environment['engine']}", quiet=quiet)
-    console.emit(run.to_json() if json else summary_table(run, width=console.width()))
+    console.emit(
+        run.to_json() if json else summary_table(run, width=console.width(), color=console.color())
+    )
     console.notice(f"stored in {path}", quiet=quiet)
     if run.provenance.environment["failed"]:
         raise typer.Exit(EXIT_PARTIAL)

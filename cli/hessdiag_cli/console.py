@@ -26,6 +26,11 @@ def width() -> int:
         return WIDTH_OFF_TERMINAL
 
 
+def color() -> bool:
+    """Whether stdout is a terminal whose user has not asked for plain text."""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
 def emit(text: str) -> None:
     """Print a result to stdout."""
     sys.stdout.write(text if text.endswith("\n") else text + "\n")

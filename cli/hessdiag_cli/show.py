@@ -44,4 +44,8 @@ def show(
         kept = found.variants if variant is None else (variant,)
         console.emit(dataclasses.replace(found, variants=kept).to_json())
     else:
-        console.emit(summary_table(found, variant=variant or "raw", width=console.width()))
+        console.emit(
+            summary_table(
+                found, variant=variant or "raw", width=console.width(), color=console.color()
+            )
+        )

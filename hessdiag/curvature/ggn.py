@@ -56,11 +56,20 @@ def split(objective: Objective, batch: Any, parameters: Sequence[nn.Parameter]) 
     outputs: list[Tensor] = []
     cuts: list[Tensor] = []
     with _cut_outputs(objective.model, outputs, cuts):
-        loss = objective.evaluate(batch)
+        try:
+            loss = objective.evaluate(batch)
+        except TaskError as error:
+            if "differentiated Tensors" not in str(error):
+                raise
+            raise TaskError(
+                "Gauss–Newton cuts the graph at the model's output, and the task's loss "
+                "differentiates that output by the input (a PINN?); use --curvature hessian"
+            ) from error
     if not cuts and loss.requires_grad:
         raise TaskError(
             "Gauss–Newton needs to see the model's output, and the task's loss never calls "
-            "model(…) itself; call the model's forward in the loss, or use --curvature hessian"
+            "model(…) itself (model.forward(…) and single layers are not seen), or the output "
+            "holds no tensor; call model(…) in the loss, or use --curvature hessian"
         )
     if loss.requires_grad:
         direct = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
@@ -107,11 +116,16 @@ def ggn_product(
     parts = split(objective, batch, parameters)
     if not parts.cuts or not parts.loss.requires_grad:
         return None
-    slope = torch.autograd.grad(
-        parts.loss, parts.cuts, create_graph=True, allow_unused=True, materialize_grads=True
-    )
-    curved = [index for index, part in enumerate(slope) if part.requires_grad]
+    slope = torch.autograd.grad(parts.loss, parts.cuts, create_graph=True, allow_unused=True)
+    used = [index for index, part in enumerate(slope) if part is not None]
+    curved = [index for index in used if slope[index].requires_grad]
     if not curved:
+        if used and all(parts.cuts[index].dim() == 0 for index in used):
+            raise TaskError(
+                "Gauss–Newton needs the model's output before the loss, and this model returns "
+                "the loss itself, one number; take the loss from its other outputs (the logits), "
+                "or use --curvature hessian"
+            )
         return None
     pushed = pushforward(parts, parameters)
 
@@ -151,6 +165,8 @@ def pushforward(parts: Split, parameters: Sequence[nn.Parameter]) -> BatchProduc
     linear = [index for index, part in enumerate(pulled) if part.requires_grad]
 
     def push(vector: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not linear:
+            return [torch.zeros_like(output) for output in parts.outputs]
         return torch.autograd.grad(
             [pulled[index] for index in linear],
             dummies,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hessdiag.data import convert
 from hessdiag.errors import InputError
 
-# Module tables that a forward may legally change; shallow copies of them are put back.
-_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+# Parameters, buffers and submodules are converted where they live, not as plain attributes.
+_TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -43,11 +44,19 @@ def loan(
     Inside, parameters and buffers are copies in ``dtype`` on ``device``, gradients are off for
     every parameter, and the mode is set. Parameter objects stay the same objects, so closures
     over them keep working. Afterwards parameters (the same storage), buffers, ``.grad``,
-    ``requires_grad``, modes, plain attributes and the global random states are what they were.
+    ``requires_grad``, modes, plain attributes (what lists, dicts and sets hold, too) and the
+    global random states are what they were.
 
     Raises:
-        InputError: A parameter is complex or has no data yet.
+        InputError: A parameter is complex, has no data yet, or can never require gradients.
     """
+    with torch.inference_mode(False):
+        yield from _lend(modules, mode, dtype, device)
+
+
+def _lend(
+    modules: Sequence[nn.Module], mode: str, dtype: torch.dtype, device: torch.device
+) -> Iterator[None]:
     every = list(dict.fromkeys(module for root in modules for module in root.modules()))
     parameters = list(
         dict.fromkeys(p for module in every for p in module._parameters.values() if p is not None)
@@ -74,13 +83,16 @@ def loan(
             parameter.data = data
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
-        for module, (attributes, tables) in zip(every, saved_modules, strict=True):
+        for module, (attributes, contents) in zip(every, saved_modules, strict=True):
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            for name, table in tables.items():
+            for name, content in contents.items():
                 live = module.__dict__[name]
                 live.clear()
-                live.update(table)
+                if isinstance(live, (list, deque)):
+                    live.extend(content)
+                else:
+                    live.update(content)
         _restore_random(saved_random)
 
 
@@ -94,11 +106,22 @@ def _check_parameter(name: str, parameter: nn.Parameter | None) -> None:
         )
     if parameter.device.type == "meta":
         raise InputError(f"parameter {name!r} is on the meta device and holds no numbers")
+    if parameter.is_inference():
+        raise InputError(
+            f"parameter {name!r} was made inside torch.inference_mode() and can never have a "
+            "gradient; build the model outside of it"
+        )
 
 
-def _snapshot(module: nn.Module) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    tables = {name: dict(module.__dict__[name]) for name in _TABLES if name in module.__dict__}
-    return dict(module.__dict__), tables
+def _snapshot(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The attributes, and copies of what the containers among them hold (hooks, caches)."""
+    contents: dict[str, Any] = {}
+    for name, value in module.__dict__.items():
+        if isinstance(value, dict):
+            contents[name] = dict(value)
+        elif isinstance(value, (list, set, deque)):
+            contents[name] = list(value)
+    return dict(module.__dict__), contents
 
 
 def _convert_module(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -106,9 +129,7 @@ def _convert_module(module: nn.Module, dtype: torch.dtype, device: torch.device)
         if buffer is not None:
             module._buffers[name] = convert(buffer, dtype=dtype, device=device)
     for name, value in list(module.__dict__.items()):
-        if name in _TABLES or (name.startswith("_") and isinstance(value, dict)):
-            continue
-        if isinstance(value, nn.Parameter):
+        if name in _TABLES or isinstance(value, nn.Parameter):
             continue
         if _holds_plain_tensors(value):
             module.__dict__[name] = convert(value, dtype=dtype, device=device)
@@ -166,27 +187,60 @@ def exact_arithmetic(modules: Sequence[nn.Module], dtype: torch.dtype) -> Iterat
         "cudnn_rnn": "off" if has_rnn(modules) else "not used",
         "default_dtype": str(dtype).removeprefix("torch."),
     }
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     fastpath = torch.backends.mha.get_fastpath_enabled()
     default = torch.get_default_dtype()
+    cudnn = torch.backends.cudnn.enabled
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
         for kind in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(kind, enabled=False))
-        if has_rnn(modules):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(_tf32_off())
         if "torch._dynamo" in sys.modules:  # nothing is compiled where it was never imported
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
-            torch.backends.cuda.matmul.allow_tf32 = False
-            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cudnn.enabled = cudnn and not has_rnn(modules)
             torch.backends.mha.set_fastpath_enabled(False)
             torch.set_default_dtype(dtype)
             yield record
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = matmul
-            torch.backends.cudnn.allow_tf32 = cudnn
+            torch.backends.cudnn.enabled = cudnn
             torch.backends.mha.set_fastpath_enabled(fastpath)
             torch.set_default_dtype(default)
+
+
+@contextmanager
+def _tf32_off() -> Iterator[None]:
+    """Full float32 products, by whichever of torch's two interfaces the process uses.
+
+    Reading the older flags raises once the newer were set; setting only the newer makes the
+    older unreadable for the user's code.
+    """
+    newer: tuple[Any, ...] = (
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn.conv,
+        torch.backends.cudnn.rnn,
+        torch.backends.mkldnn.matmul,
+    )
+    saved = [kind.fp32_precision for kind in newer]
+    older: tuple[str, bool] | None
+    try:
+        _ = torch.backends.cuda.matmul.allow_tf32
+        older = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        older = None
+    try:
+        if older is None:
+            for kind in newer:
+                kind.fp32_precision = "ieee"
+        else:
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        if older is not None:
+            torch.set_float32_matmul_precision(older[0])
+            torch.backends.cudnn.allow_tf32 = older[1]
+        for kind, value in zip(newer, saved, strict=True):
+            kind.fp32_precision = value

@@ -62,15 +62,15 @@ class Objective:
             InputError: The loss is not finite; the message names the batch.
         """
         total = 0.0
-        with torch.no_grad():
-            for index, (batch, share) in enumerate(self):
-                loss = float(self.evaluate(batch))
-                if not math.isfinite(loss):
-                    raise InputError(
-                        f"the loss of batch {index} is {loss}; look at its data (NaN, inf, "
-                        "log of zero) and at the weights before their curvature"
-                    )
-                total += share * loss
+        for index, (batch, share) in enumerate(self):
+            # Gradients stay on: a loss may differentiate the model by its input (PINNs).
+            loss = float(self.evaluate(batch).detach())
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"the loss of batch {index} is {loss}; look at its data (NaN, inf, "
+                    "log of zero) and at the weights before their curvature"
+                )
+            total += share * loss
         return total
 
     def gradient(self, parameters: Sequence[nn.Parameter]) -> Vector:

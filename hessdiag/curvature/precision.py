@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from hessdiag.curvature.engines import BUILD, Recompute
 from hessdiag.curvature.objective import Objective, only
+from hessdiag.names import clean_name
 from hessdiag.options import Curvature
 from hessdiag_probes.types import Vector
 
@@ -109,6 +110,7 @@ class CastWatcher(TorchDispatchMode):
     def __init__(self, wide: torch.dtype) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.wide = wide
+        self.outside = "the loss function"
         self.running: list[str] = []
         self.found: dict[str, str] = {}
 
@@ -126,7 +128,7 @@ class CastWatcher(TorchDispatchMode):
                     and tensor.dtype.itemsize < self.wide.itemsize
                 )
                 if narrow:
-                    where = self.running[-1] if self.running else "the loss function"
+                    where = self.running[-1] if self.running else self.outside
                     self.found.setdefault(where, str(tensor.dtype).removeprefix("torch."))
         return result
 
@@ -135,7 +137,8 @@ class CastWatcher(TorchDispatchMode):
         """Know which module is running, by hooks that are removed afterwards."""
         handles = []
         for name, module in model.named_modules():
-            label = f"module {name!r} ({type(module).__name__})" if name else "the model's forward"
+            kind = type(module).__name__
+            label = f"module {clean_name(name)!r} ({kind})" if name else "the model's forward"
 
             def enter(_module: nn.Module, _inputs: Any, label: str = label) -> None:
                 self.running.append(label)
@@ -164,6 +167,8 @@ def hidden_casts(objective: Objective, parameters: Sequence[nn.Parameter]) -> di
     batch = objective.batches.items[0]
     with only(objective.model, parameters), watcher, watcher.following(objective.model):
         loss = objective.evaluate(batch)
-        if loss.requires_grad:
+        # The backward of a widening cast narrows: news only where the forward showed nothing.
+        if loss.requires_grad and not watcher.found:
+            watcher.outside = "the backward pass"
             torch.autograd.grad(loss, parameters, allow_unused=True)
     return watcher.found

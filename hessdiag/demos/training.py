@@ -119,7 +119,7 @@ def _fit(task: Task, steps: int, progress: Progress | None) -> dict[int, dict[st
         group["lr"] = first_rate * (LAST_RATE + (1 - LAST_RATE) * cosine)
         chosen = next(minibatches)
         optimizer.zero_grad()
-        loss(model, (inputs[chosen], labels[chosen])).backward()  # type: ignore[no-untyped-call]
+        loss(model, (inputs[chosen], labels[chosen])).backward()
         optimizer.step()
         if step in wanted:
             checkpoints[step] = _checkpoint(task, optimizer, step)

@@ -61,7 +61,6 @@ def write_run(run: Run, path: str | Path, *, force: bool = False) -> None:
         ValueError: An array is not of the schema, or not of its shape.
     """
     path = Path(path)
-    path = Path(path)
     check_target(path, force=force)
     _check_names(run)
     try:
@@ -79,7 +78,6 @@ def check_target(path: str | Path, *, force: bool) -> None:
     Raises:
         StoreError: ``path`` is taken, or its folder does not exist.
     """
-    path = Path(path)
     path = Path(path)
     if path.is_symlink():
         raise StoreError(
@@ -118,7 +116,7 @@ def _check_names(run: Run) -> None:
 
 def _serialised(run: Run) -> bytes:
     buffer = io.BytesIO()
-    with h5py.File(buffer, "w", libver=("earliest", "v110")) as file:
+    with h5py.File(buffer, "w", libver=("v110", "v110")) as file:
         file.attrs["encoding-type"] = FORMAT
         file.attrs["encoding-version"] = VERSION
         file.attrs["created_at"] = run.created_at

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hessdiag.marks import MEANINGS, certified, marked, percent, scientific, whole
 from hessdiag.quantity import Quantity
+from hessdiag.tables.marks import MEANINGS, certified, marked, percent, scientific, whole
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, min_value=-1e300, max_value=1e300)
 

@@ -74,10 +74,13 @@ def percent(number: float, rounding: str) -> str:
 def certified(quantity: Quantity, digits: int = 3) -> Mark:
     """``quantity`` in scientific notation, marked with its kind.
 
-    An interval that is narrower than the last digit is one number in brackets.
+    An interval that is narrower than the last digit is one number in brackets; an exact value
+    whose rounding bound reaches across zero is 0.
     """
     certain = _certain_digits(quantity, digits)
     if quantity.value is not None and quantity.status == "exact":
+        if not certain and _may_be_zero(quantity):
+            return Mark("=", "=", "0")
         return Mark("=", "=", scientific(max(certain, 1))(quantity.value, ROUND_HALF_EVEN))
     if quantity.value is not None and quantity.status == "interval" and certain == digits:
         return Mark("[]", "[", scientific(digits)(quantity.value, ROUND_HALF_EVEN), "]")
@@ -108,6 +111,15 @@ def marked(quantity: Quantity, show: Show, show_end: Show | None = None) -> Mark
         case None:
             return Mark("–", "", "–")
     return Mark("?", "", "?")
+
+
+def _may_be_zero(quantity: Quantity) -> bool:
+    """Whether rounding leaves not even the sign."""
+    return (
+        quantity.low is not None
+        and quantity.high is not None
+        and (quantity.low <= 0 <= quantity.high)
+    )
 
 
 def _decimal(number: float) -> Decimal:

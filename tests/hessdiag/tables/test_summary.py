@@ -6,15 +6,15 @@ from types import SimpleNamespace
 import pytest
 from rich.cells import cell_len
 
-from hessdiag.labels import printable, shortened
 from hessdiag.quantity import Quantity
 from hessdiag.run import BlockResult, VariantResult
 from hessdiag.tables import summary_table, worst_block
+from hessdiag.tables.labels import printable, shortened
 
 
 @pytest.fixture(scope="module")
 def runs():
-    return SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "store" / "runs.py")))
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "store" / "runs.py")))
 
 
 @pytest.fixture(scope="module")

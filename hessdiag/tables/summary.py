@@ -10,11 +10,11 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from hessdiag.columns import GAP, HEADLINE, Layout, aligned, layout
-from hessdiag.labels import printable, shortened
-from hessdiag.marks import MEANINGS, certified
 from hessdiag.quantity import Quantity
 from hessdiag.run import BlockResult, Run, VariantResult
+from hessdiag.tables.columns import GAP, HEADLINE, Layout, aligned, layout
+from hessdiag.tables.labels import printable, shortened
+from hessdiag.tables.marks import MEANINGS, certified
 
 WHOLE = "whole"
 TIED = "\N{NO-BREAK SPACE}"

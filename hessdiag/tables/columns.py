@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from rich.cells import cell_len
 
-from hessdiag.labels import printable, shortened
-from hessdiag.marks import Mark, certified, marked, percent, whole
 from hessdiag.run import Run, VariantResult
+from hessdiag.tables.labels import printable, shortened
+from hessdiag.tables.marks import Mark, certified, marked, percent, whole
 
 GAP = "  "
 HEADLINE = "0.5"
