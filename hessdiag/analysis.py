@@ -20,7 +20,7 @@ from hessdiag.curvature.loan import bare, exact_arithmetic, loan
 from hessdiag.curvature.objective import Objective
 from hessdiag.data import halves, load_batches
 from hessdiag.errors import HessdiagError, InputError, OptionError
-from hessdiag.fingerprint import compare_fingerprints, hash_tensors, make_fingerprint
+from hessdiag.fingerprint import check_same, hash_tensors, make_fingerprint
 from hessdiag.names import clean_name
 from hessdiag.network import Network
 from hessdiag.options import Options, make_options
@@ -58,7 +58,7 @@ def analyze(
         output: HDF5 file to write; None writes none. An identical finished run there is
             returned as it is.
         trust: Allow a checkpoint that is a pickled module, which runs code when it is loaded.
-        force: Overwrite a different run at ``output``.
+        force: Analyse again, and overwrite the run at ``output``.
         report: Called with an :class:`Event` now and then.
         **options: Those of the command line, with underscores; see
             :class:`hessdiag.options.Options`.
@@ -242,14 +242,14 @@ class Analysis:
             return VariantResult(skipped_fields() | fixed)
         try:
             solved, products = network.solve(block, index, count, self.engines)
-        except (HessdiagError, ArithmeticError, RuntimeError, MemoryError) as error:
+            fixed["half_ratio"] = network.half_ratio(block, solved)
+        except (HessdiagError, ArithmeticError, ValueError, RuntimeError, MemoryError) as error:
             self.failed.append(block.name)
             reason = f"failed: {type(error).__name__}: {error}"
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
                 reason = "failed: out of memory; lower --exact-limit or --memory-budget"
             return VariantResult(skipped_fields() | fixed | {"skipped": reason})
         fixed["products"] = products
-        fixed["half_ratio"] = network.half_ratio(block)
         fixed["seconds"] = time.perf_counter() - started
         return VariantResult(fixed | solved.values, solved.spectrum, solved.rows)
 
@@ -272,14 +272,13 @@ def has_batch_statistics(model: nn.Module) -> bool:
 
 
 def _stored_run(output: Path | None, fingerprint: dict[str, Any], *, force: bool) -> Run | None:
-    """The finished run at ``output`` when it is this one.
+    """The finished run at ``output`` when it is this one; None to analyse.
 
     Raises:
-        StoreError: Something else is there, and ``force`` is not set.
+        StoreError: Another analysis is there, and ``force`` is not set.
     """
-    if output is None or not is_run(output):
+    if output is None or force or not is_run(output):
         return None
     stored = read_run(output)
-    if compare_fingerprints(stored.provenance.fingerprint, fingerprint, output, force=force):
-        return stored
-    return None
+    check_same(stored.provenance.fingerprint, fingerprint, output)
+    return stored

@@ -52,24 +52,19 @@ def make_fingerprint(
     return fields
 
 
-def compare_fingerprints(
-    stored: Mapping[str, Any], wanted: Mapping[str, Any], path: Path, *, force: bool
-) -> bool:
-    """Whether the stored run is the wanted one.
+def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+    """Refuse to take the stored run at ``path`` for the wanted one.
 
     Raises:
-        StoreError: It is not, and ``force`` is not set; the message names the fields.
+        StoreError: They differ; the message names the fields.
     """
     differing = [name for name in wanted if not _same(stored.get(name), wanted[name])]
-    if not differing:
-        return True
-    if force:
-        return False
-    raise StoreError(
-        f"{path} holds another analysis: {', '.join(differing)} "
-        f"{'differs' if len(differing) == 1 else 'differ'}; "
-        "write to another file with -o, or overwrite it with --force"
-    )
+    if differing:
+        raise StoreError(
+            f"{path} holds another analysis: {', '.join(differing)} "
+            f"{'differs' if len(differing) == 1 else 'differ'}; "
+            "write to another file with -o, or overwrite it with --force"
+        )
 
 
 def _same(stored: Any, wanted: Any) -> bool:

@@ -72,7 +72,7 @@ class Network:
         if cut is not None:
             engines[block.name] = "cut from whole"
             problem = self._problem(block, parameters, lambda v: (cut @ v.to(cut)).to(v))
-            return self._certified(solve_exact(cut, problem), ["cut from the matrix of whole"]), 0
+            return self._certified(solve_exact(cut, problem)), 0
         device, dtype = parameters[0].device, parameters[0].dtype
         limit = EXACT_LIMIT[device.type] if options.exact_limit is None else options.exact_limit
         exact = block.size <= limit
@@ -83,12 +83,12 @@ class Network:
         if not exact:
             solved, products = solve_lanczos(watched, problem, steps=options.steps)
             self.report(Event(block.name, index, count, products, products))
-            return self._certified(solved, []), products
+            return self._certified(solved), products
         found = assemble(watched, block.size, dtype=dtype, device=device)
         if block.name == WHOLE:
             self.matrix = found.matrix
             self.slices = self._slices(block)
-        return self._certified(solve_exact(found.matrix, problem), []), found.matvecs
+        return self._certified(solve_exact(found.matrix, problem)), found.matvecs
 
     def _engine(self, objective: Objective, parameters: list[nn.Parameter]) -> Engine:
         return make_engine(
@@ -124,13 +124,10 @@ class Network:
             seed=options.seed,
         )
 
-    def _certified(self, solved: Solved, notes: list[str]) -> Solved:
-        values = solved.values
-        own = values["notes"]
-        values["notes"] = notes + (own if isinstance(own, list) else [])
-        if self.narrow:
-            values = never_exact(values)
-        return Solved(values, solved.spectrum, solved.rows)
+    def _certified(self, solved: Solved) -> Solved:
+        if not self.narrow:
+            return solved
+        return Solved(never_exact(solved.values), solved.spectrum, solved.rows)
 
     def _slices(self, block: Block) -> dict[str, tuple[int, int]]:
         ends = accumulate(self.named[name].numel() for name in block.parameters)
@@ -163,10 +160,13 @@ class Network:
 
         return counted
 
-    def half_ratio(self, block: Block) -> Quantity:
+    def half_ratio(self, block: Block, solved: Solved) -> Quantity:
         """λ_max on one half of the drawn examples over that on the other, by Lanczos."""
         if not self.halves:
             return Quantity.absent()
+        kappa = solved.values["kappa"]
+        if isinstance(kappa, Quantity) and kappa.status == "zero":
+            return Quantity.zero()  # the halves hold rounding noise
         parameters = self.select(block.parameters)
         tops = []
         for half in self.halves:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from hessdiag.culprits import find_unrepeatable, layers_of
 from hessdiag.curvature.engines import BUILD, Recompute
 from hessdiag.curvature.ggn import pushforward, split
 from hessdiag.curvature.loan import loan
 from hessdiag.curvature.objective import Objective, flatten, moved, only, unflatten
-from hessdiag.curvature.precision import hidden_casts, noise_of
-from hessdiag.data import convert, leaves
+from hessdiag.curvature.precision import hidden_casts, loss_noise, noise_of
+from hessdiag.data import convert
 from hessdiag.errors import SelfCheckFailed
-from hessdiag.names import clean_name, layer_of, named_parameters
 from hessdiag.options import Curvature
 from hessdiag_probes.random import generator, rademacher
 from hessdiag_probes.types import Vector
@@ -29,6 +29,7 @@ STEPS = {
     torch.float64: (3e-5, 3e-6, 3e-7, 3e-8),
     torch.float32: (1e-2, 3e-3, 1e-3, 1e-4, 1e-5, 3e-6, 1e-6, 3e-7),
 }
+SLOPE_LIMIT = 1e-2
 NOISE_FACTOR = 1e3
 KINK_MOVE = {torch.float64: 1e-6, torch.float32: 1e-4}
 
@@ -45,12 +46,14 @@ class Check:
 
 @dataclass(frozen=True)
 class SelfChecks:
-    """All four, always reported.
+    """All of them, always reported.
 
-    ``symmetry``, ``difference`` and ``repeatability`` are relative errors; ``hidden_casts`` maps
-    each place that leaves the working precision to the narrower type.
+    ``slope`` (of the loss along the gradient's claim), ``symmetry``, ``difference`` and
+    ``repeatability`` are relative errors; ``hidden_casts`` maps each place that leaves the working
+    precision to the narrower type.
     """
 
+    slope: Check
     symmetry: Check
     difference: Check
     repeatability: Check
@@ -72,6 +75,11 @@ class _Subject:
     seed: int
     precision: torch.dtype  # the narrowest type that the arithmetic passes through
 
+    @property
+    def length(self) -> float:
+        """|p|, the unit of all steps."""
+        return float(flatten([p.data for p in self.parameters]).norm()) or 1.0
+
     def product(self, parameters: Sequence[nn.Parameter] | None = None) -> Recompute:
         return Recompute(self.objective, parameters or self.parameters, BUILD[self.curvature])
 
@@ -92,7 +100,7 @@ def run_selfchecks(
     curvature: Curvature,
     seed: int,
 ) -> SelfChecks:
-    """Repeatability, hidden casts, symmetry and a central difference (maths 0.2).
+    """Repeatability, hidden casts, slope, symmetry and a central difference (maths 0.2).
 
     Args:
         objective: On loan, in its dtype.
@@ -102,7 +110,8 @@ def run_selfchecks(
     Raises:
         SelfCheckFailed: The products cannot be trusted; names the module where it can be found.
     Cost:
-        About six products and up to 34 gradients; twice that in float32 where kinks are near.
+        About six products, 9 losses and up to 34 gradients; in float32 twice that where kinks
+        are near.
     """
     dtype = parameters[0].dtype
     repeatability = _repeatability(_Subject(objective, parameters, curvature, seed, dtype))
@@ -113,6 +122,14 @@ def run_selfchecks(
         for place, kind in casts.items()
     )
     subject = _Subject(objective, parameters, curvature, seed, torch.float32 if casts else dtype)
+    slope = _slope(subject)
+    if not slope.passed and not off_the_kink(subject, _slope).passed:
+        raise SelfCheckFailed(
+            f"the gradient is not the derivative of the loss: they differ by {slope.value:.1e} "
+            f"relative (limit {slope.limit:.0e}), so parts of the loss are hidden from it "
+            "(reentrant activation checkpointing, detach(), a custom autograd.Function, a hook "
+            "that changes gradients?)" + _blame(casts)
+        )
     symmetry = _symmetry(subject)
     if not symmetry.passed:
         raise SelfCheckFailed(_asymmetry_message(subject, symmetry) + _blame(casts))
@@ -132,7 +149,7 @@ def run_selfchecks(
         )
     if "kink" in difference.note:
         notices += (f"central difference {difference.note} (ReLU at exactly zero?)",)
-    return SelfChecks(symmetry, difference, repeatability, casts, notices)
+    return SelfChecks(slope, symmetry, difference, repeatability, casts, notices)
 
 
 def _blame(casts: dict[str, str]) -> str:
@@ -146,7 +163,12 @@ def _blame(casts: dict[str, str]) -> str:
 def _checked_difference(subject: _Subject) -> Check:
     """The central difference, at a point nearby where it fails here."""
     difference = _difference(subject)
-    if difference.passed or not _difference_off_the_kink(subject).passed:
+    if difference.passed:
+        return difference
+    nearby = off_the_kink(subject, _symmetry)
+    if not nearby.passed:
+        raise SelfCheckFailed(_asymmetry_message(subject, nearby))
+    if not off_the_kink(subject, _difference).passed:
         return difference
     note = f"on a kink: it passes at a point {KINK_MOVE[subject.precision]:.0e} away"
     return Check(difference.value, difference.limit, True, note)
@@ -198,6 +220,33 @@ def _repeatability(subject: _Subject) -> Check:
     return Check(value, limit, True)
 
 
+def _slope(subject: _Subject) -> Check:
+    """The gradient against differences of the loss along a random direction.
+
+    The second derivative cannot tell that the first one misses a part of the loss. An error
+    counts beyond rounding, relative to what a random direction sees of the gradient.
+    """
+    objective, parameters = subject.objective, subject.parameters
+    gradient = objective.gradient(parameters)
+    sign = subject.vector("slope")
+    unit = sign / sign.norm() * subject.length
+    claimed = float(gradient @ unit)
+    noise = loss_noise(objective, narrow=subject.precision != sign.dtype)
+    seen = float(gradient.norm()) * subject.length / sign.numel() ** 0.5
+    best = float("inf")
+    for step in STEPS[subject.precision]:
+        with moved(parameters, step * unit):
+            ahead = objective.value()
+        with moved(parameters, -step * unit):
+            behind = objective.value()
+        found = (ahead - behind) / (2 * step)
+        error = max(abs(found - claimed) - noise / step, 0.0)
+        best = min(best, error / max(seen, abs(found)) if error else 0.0)
+        if best < 0.01 * SLOPE_LIMIT:
+            break
+    return Check(best, SLOPE_LIMIT, best < SLOPE_LIMIT)
+
+
 def _symmetry(subject: _Subject, parameters: Sequence[nn.Parameter] | None = None) -> Check:
     product = subject.product(parameters)
     noise = noise_of(subject.objective, parameters or subject.parameters, subject.curvature)
@@ -242,9 +291,7 @@ def _difference(subject: _Subject) -> Check:
 
 
 def _one_difference(subject: _Subject, direction: Vector, step: float) -> float:
-    position = flatten([p.data for p in subject.parameters])
-    length = float(position.norm()) or 1.0
-    unit = direction / direction.norm() * length
+    unit = direction / direction.norm() * subject.length
     gradient: Callable[[Sequence[nn.Parameter]], Vector] = subject.objective.gradient
     with moved(subject.parameters, step * unit):
         ahead = gradient(subject.parameters)
@@ -259,9 +306,8 @@ def _jacobian_difference(subject: _Subject, limit: float, steps: Sequence[float]
     """For Gauss–Newton the derivative to check is the model's first: ``J v`` on one batch."""
     parameters = subject.parameters
     batch = subject.objective.batches.items[0]
-    position = flatten([p.data for p in parameters])
     sign = subject.vector("difference")
-    unit = sign / sign.norm() * (float(position.norm()) or 1.0)
+    unit = sign / sign.norm() * subject.length
 
     def outputs() -> Vector | None:
         with only(subject.objective.model, parameters):
@@ -286,17 +332,12 @@ def _jacobian_difference(subject: _Subject, limit: float, steps: Sequence[float]
     return Check(best, limit, best < limit)
 
 
-def _difference_off_the_kink(subject: _Subject) -> Check:
-    position = flatten([p.data for p in subject.parameters])
+def off_the_kink(subject: _Subject, check: Callable[[_Subject], Check]) -> Check:
+    """A check at a point nearby: ReLUs at exactly zero have no derivative there."""
     random = subject.vector("kink")
-    length = float(position.norm()) or 1.0
-    step = KINK_MOVE[subject.precision] * length
+    step = KINK_MOVE[subject.precision] * subject.length
     with moved(subject.parameters, random / random.norm() * step):
-        symmetry = _symmetry(subject)
-        difference = _difference(subject)
-    if not symmetry.passed:
-        raise SelfCheckFailed(_asymmetry_message(subject, symmetry))
-    return difference
+        return check(subject)
 
 
 def _asymmetry_message(subject: _Subject, check: Check) -> str:
@@ -305,7 +346,7 @@ def _asymmetry_message(subject: _Subject, check: Check) -> str:
         f"{check.value:.1e} relative (limit {check.limit:.0e}), so it is no second derivative"
     )
     culprits = []
-    for name, parameters in _by_layer(subject):
+    for name, parameters in layers_of(subject.objective, subject.parameters):
         if not _symmetry(subject, parameters).passed:
             culprits.append(name)
     if culprits:
@@ -316,72 +357,3 @@ def _asymmetry_message(subject: _Subject, check: Check) -> str:
                 "the module, or remove the weight norm, or use --curvature ggn"
             )
     return message
-
-
-def _by_layer(subject: _Subject) -> Iterator[tuple[str, list[nn.Parameter]]]:
-    wanted = {id(p) for p in subject.parameters}
-    model = subject.objective.model
-    modules = {clean_name(name): module for name, module in model.named_modules()}
-    grouped: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in named_parameters(model):
-        if id(parameter) in wanted:
-            grouped.setdefault(layer_of(name), []).append(parameter)
-    for layer, parameters in grouped.items():
-        module = modules.get(layer)
-        kind = type(module).__name__ if module is not None else "parameter"
-        if module is not None and _has_weight_norm(module):
-            kind = f"{kind.removeprefix('Parametrized')} with weight_norm"
-        yield f"module {layer!r} ({kind})", parameters
-
-
-def _has_weight_norm(module: nn.Module) -> bool:
-    hooks = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
-    inner = [type(child).__name__ for child in module.modules()]
-    return "WeightNorm" in hooks or "_WeightNorm" in inner
-
-
-def find_unrepeatable(objective: Objective) -> str:
-    """The innermost module whose output differs between two passes on equal input.
-
-    Cost:
-        Two forwards of the first batch, with every module's input and output hashed.
-    """
-    first, second = _trace(objective), _trace(objective)
-    for before, after in zip(first, second, strict=False):
-        name, inputs, outputs, label = before
-        if name == after[0] and inputs == after[1] and outputs != after[2]:
-            return f"{label} gives another output for the same input."
-    return "no single module does; look at the loss function itself."
-
-
-def _trace(objective: Objective) -> list[tuple[str, str, str, str]]:
-    calls: list[tuple[str, str, str, str]] = []
-    waiting: list[str] = []
-    handles = []
-    for name, module in objective.model.named_modules():
-        label = f"module {clean_name(name)!r} ({type(module).__name__})" if name else "the model"
-
-        def enter(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            waiting.append(_hash((args, kwargs)))
-
-        def leave(
-            _module: nn.Module, _args: Any, output: Any, name: str = name, label: str = label
-        ) -> None:
-            calls.append((name, waiting.pop(), _hash(output), label))
-
-        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(leave))
-    try:
-        objective.evaluate(objective.batches.items[0])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def _hash(value: Any) -> str:
-    digest = hashlib.sha256()
-    for tensor in leaves(value):
-        plain: Tensor = tensor.detach().cpu().contiguous()
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -44,7 +44,7 @@ class Noise:
     Attributes:
         error: ``v -> error of C v``, by two recomputed products.
         block: ν, the error of a product with a unit vector.
-        rows: ν of each row, (n,): the error of a product with sign vectors.
+        rows: ν of each row, (n,): the error of a product with vectors of entries about ±1.
         seen: The largest magnitude in each row of those products, (n,).
         gradient: Bound on the gradient's error, 2-norm.
     """
@@ -111,20 +111,27 @@ def measure_noise(
     name: str,
     gradient: float,
 ) -> Noise:
-    """ν of a block and of its rows, from two sign vectors.
+    """ν of a block and of its rows, from two vectors of random signs and sizes in 1/2 … 3/2.
+
+    Plain signs would cancel in a live row such as (1, −1), half the time to exactly zero; normal
+    numbers are too small for a row with one entry now and then.
 
     Cost:
         Two products and two calls of ``error``.
     """
-    rows, seen = torch.zeros_like(like), torch.zeros_like(like)
+    # In float64 whatever the products are, for squares leave the range of float32.
+    rows = torch.zeros_like(like, dtype=torch.float64)
+    seen = rows.clone()
     block = 0.0
     for purpose in ("noise 1", "noise 2"):
         source = generator(seed, name, purpose)
-        sign = rademacher(like.numel(), generator=source, dtype=like.dtype, device=like.device)
-        wrong = error(sign)
+        sign = rademacher(like.numel(), generator=source)
+        size = 0.5 + torch.rand(like.numel(), generator=source, dtype=torch.float64)
+        vector = (sign * size).to(like)
+        wrong = error(vector).double()
         rows = torch.maximum(rows, wrong.abs())
-        seen = torch.maximum(seen, product(sign).abs())
-        block = max(block, float(wrong.norm()) / math.sqrt(like.numel()))
+        seen = torch.maximum(seen, product(vector).abs().double())
+        block = max(block, float(wrong.norm()) / float(vector.norm()))
     return Noise(error, block, rows, seen, gradient)
 
 
@@ -195,7 +202,9 @@ def _decompose(active: Tensor, live: Tensor, problem: Problem) -> tuple[ExactSpe
     tolerance = zero_tolerance(float(value.abs().max()), size, problem.eps, problem.noise.block)
     error = torch.full_like(value, ROUNDING_SHARE * tolerance)
     definite = inertia.positive == size and not inertia.ambiguous
-    if definite and float(value[0]) < HUGE_RANGE * tolerance:
+    # Narrower products have no entry right enough for a huge range to mean anything (maths 0.3).
+    full_precision = problem.eps <= torch.finfo(torch.float64).eps
+    if definite and full_precision and float(value[0]) < HUGE_RANGE * tolerance:
         scale = active.diagonal().clamp_min(torch.finfo(active.dtype).tiny).rsqrt()
         entry = _scaled_noise(problem, live, scale, "relative")
         certified = positive_spectrum(

@@ -217,17 +217,14 @@ def _tf32_off() -> Iterator[None]:
     Reading the older flags raises once the newer were set; setting only the newer makes the
     older unreadable for the user's code.
     """
-    newer: tuple[Any, ...] = (
-        torch.backends.cuda.matmul,
-        torch.backends.cudnn.conv,
-        torch.backends.cudnn.rnn,
-        torch.backends.mkldnn.matmul,
-    )
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
+    newer: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul)
     saved = [kind.fp32_precision for kind in newer]
     older: tuple[str, bool] | None
     try:
         _ = torch.backends.cuda.matmul.allow_tf32
-        older = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        older = torch.get_float32_matmul_precision(), cudnn.allow_tf32
     except RuntimeError:
         older = None
     try:
@@ -236,11 +233,11 @@ def _tf32_off() -> Iterator[None]:
                 kind.fp32_precision = "ieee"
         else:
             torch.set_float32_matmul_precision("highest")
-            torch.backends.cudnn.allow_tf32 = False
+            cudnn.allow_tf32 = False
         yield
     finally:
         if older is not None:
             torch.set_float32_matmul_precision(older[0])
-            torch.backends.cudnn.allow_tf32 = older[1]
+            cudnn.allow_tf32 = older[1]
         for kind, value in zip(newer, saved, strict=True):
             kind.fp32_precision = value

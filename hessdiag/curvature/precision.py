@@ -104,6 +104,20 @@ def gradient_noise(
     return (coarse - objective.gradient(parameters)) * ratio
 
 
+def loss_noise(objective: Objective, *, narrow: bool = False) -> float:
+    """A bound on the error of the loss by rounding.
+
+    Cost:
+        Two losses.
+    """
+    dtype = next(p.dtype for p in objective.model.parameters() if p.dtype in DROPPED_BITS)
+    with Rounded():
+        coarse = objective.value()
+    exact = objective.value()
+    ratio = 1.0 if narrow else 2.0 ** -DROPPED_BITS[dtype]
+    return 10 * (abs(coarse - exact) * ratio + torch.finfo(dtype).eps * abs(exact))
+
+
 class CastWatcher(TorchDispatchMode):
     """Notes every module in whose forward, or in whose backward, precision is thrown away."""
 

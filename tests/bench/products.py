@@ -10,13 +10,14 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 
 from hessdiag.curvature.engines import BUILD, Kept, Recompute
 from hessdiag.curvature.loan import exact_arithmetic, loan
-from hessdiag.curvature.objective import Objective
+from hessdiag.curvature.objective import Objective, only
 from hessdiag.data import load_batches
 from hessdiag.demos import DEMOS
 from hessdiag.task import as_loss, units
@@ -76,12 +77,13 @@ def main() -> None:
                 "kept": Kept(objective, parameters, BUILD["hessian"]),
                 "recompute": Recompute(objective, parameters, BUILD["hessian"]),
             }
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-            cases["pyhessian"] = pyhessian_product(model, list(batches.items))
+            with only(model, parameters):
+                cases["pyhessian"] = pyhessian_product(model, list(batches.items))
             for engine, product in cases.items():
-                seconds = best(lambda f=product, v=vector: f(v))
-                error = float((product(vector) - reference).norm() / reference.norm())
+                # Our engines switch gradients on and off themselves; PyHessian leaves that to us.
+                with only(model, parameters) if engine == "pyhessian" else nullcontext():
+                    seconds = best(lambda f=product, v=vector: f(v))
+                    error = float((product(vector) - reference).norm() / reference.norm())
                 row = {
                     "case": name,
                     "n": size,

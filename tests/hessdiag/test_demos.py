@@ -130,6 +130,14 @@ def test_the_full_training_ends_near_an_optimum_that_it_reports_rightly(full):
     assert (full.steps, full.parameters, full.task) == (1000, 2410, "demo:mlp")
 
 
+@pytest.mark.parametrize("name", DEMOS)
+def test_the_reported_score_is_that_of_eval_mode(name, quick):
+    task = at(name, load(quick[name].path))
+    ((inputs, labels),) = task.data
+    assert quick[name].loss == pytest.approx(as_loss(task)(task.model, (inputs, labels)).item())
+    assert quick[name].accuracy == (task.model(inputs).argmax(1) == labels).double().mean().item()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["convnet", "transformer"])
 def test_the_other_demos_train_to_as_good_an_optimum(name, tmp_path):
@@ -163,8 +171,7 @@ def test_ten_iterates_are_evenly_spaced_differ_and_end_at_the_final_weights(name
     ]
     iterates = [load(path) for path in trained.iterates]
     assert [content["step"] for content in iterates] == list(range(4, QUICK + 1, 4))
-    final = load(trained.path)["model"]
-    assert all(torch.equal(iterates[-1]["model"][key], final[key]) for key in final)
+    assert trained.iterates[-1].read_bytes() == trained.path.read_bytes()
     vectors = [
         nn.utils.parameters_to_vector(at(name, content).model.parameters()) for content in iterates
     ]
@@ -210,10 +217,12 @@ def test_running_statistics_are_those_of_the_digits_at_the_final_weights(tmp_pat
         assert ((layer.running_var.sqrt() / spread - 1).abs() < 0.1).all()
 
 
-def test_progress_hears_of_every_step(tmp_path):
+def test_progress_hears_of_every_step_and_of_one_thread(tmp_path):
     heard = []
-    train("mlp", tmp_path, steps=12, progress=lambda *at: heard.append(at))
-    assert heard == [(step, 12) for step in range(1, 13)]
+    train(
+        "mlp", tmp_path, steps=12, progress=lambda *at: heard.append((*at, torch.get_num_threads()))
+    )
+    assert heard == [(step, 12, 1) for step in range(1, 13)]
 
 
 def test_fewer_steps_than_iterates_are_refused(tmp_path):
