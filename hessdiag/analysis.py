@@ -122,15 +122,15 @@ class Analysis:
                 batch_size=options.batch_size,
                 max_examples=options.max_examples,
                 seed=options.seed,
-                order_matters=self.task.mode == "train" and has_batch_statistics(model),
+                order_matters=has_batch_statistics(model),
             )
             self.warnings += batches.notices
             objective = Objective(model, as_loss(self.task), batches)
             network = Network(model, objective, options, self.report)
-            if self.task.mode == "train" and has_batch_statistics(model) and len(batches.items) > 1:
+            if has_batch_statistics(model) and len(batches.items) > 1:
                 self.warnings.append(
-                    f"BatchNorm in train mode: the loss is the mean over these "
-                    f"{len(batches.items)} batches, each normalised by its own statistics"
+                    f"BatchNorm uses the statistics of the batch: the loss is the mean over these "
+                    f"{len(batches.items)} batches, each normalised by its own"
                 )
             weights = hash_tensors({**network.named, **dict(model.named_buffers())})
             loss = objective.value()
@@ -156,6 +156,7 @@ class Analysis:
             record = environment(
                 device, switches, checks.to_json(), self.engines, self.timings, self.failed
             )
+            record["optimizer"] = _optimizer_record(optimizer)
         return Run(
             blocks=results,
             variants=options.variants,
@@ -254,6 +255,18 @@ class Analysis:
         return VariantResult(fixed | solved.values, solved.spectrum, solved.rows)
 
 
+def _optimizer_record(state: OptimizerState | None) -> dict[str, Any] | None:
+    """What the checkpoint's optimizer state is and how it was mapped to parameters."""
+    if state is None:
+        return None
+    return {
+        "class": state.class_name,
+        "mapped_by": state.mapped_by,
+        "unmappable": state.unmappable,
+        "parameters": len(state.state),
+    }
+
+
 def pick_device(name: str) -> torch.device:
     """The device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     if name == "auto":
@@ -266,9 +279,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def has_batch_statistics(model: nn.Module) -> bool:
-    """Whether the model normalises over the batch when it is in train mode."""
+    """Whether the model, in its present mode, normalises by the statistics of the batch."""
     kinds = (nn.modules.batchnorm._BatchNorm,)
-    return any(isinstance(module, kinds) for module in model.modules())
+    return any(
+        isinstance(module, kinds) and (module.training or module.running_mean is None)
+        for module in model.modules()
+    )
 
 
 def _stored_run(output: Path | None, fingerprint: dict[str, Any], *, force: bool) -> Run | None:

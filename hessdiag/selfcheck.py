@@ -122,8 +122,8 @@ def run_selfchecks(
         for place, kind in casts.items()
     )
     subject = _Subject(objective, parameters, curvature, seed, torch.float32 if casts else dtype)
-    slope = _slope(subject)
-    if not slope.passed and not off_the_kink(subject, _slope).passed:
+    slope = _or_off_the_kink(subject, _slope)
+    if not slope.passed:
         raise SelfCheckFailed(
             f"the gradient is not the derivative of the loss: they differ by {slope.value:.1e} "
             f"relative (limit {slope.limit:.0e}), so parts of the loss are hidden from it "
@@ -147,8 +147,9 @@ def run_selfchecks(
             "nearby: the model's backward is not the derivative of its forward (a custom "
             "autograd.Function, detach(), a straight-through estimator?)" + _blame(casts)
         )
-    if "kink" in difference.note:
-        notices += (f"central difference {difference.note} (ReLU at exactly zero?)",)
+    for what, check in (("slope of the loss", slope), ("central difference", difference)):
+        if "kink" in check.note:
+            notices += (f"{what} {check.note} (ReLU at exactly zero?)",)
     return SelfChecks(slope, symmetry, difference, repeatability, casts, notices)
 
 
@@ -162,16 +163,12 @@ def _blame(casts: dict[str, str]) -> str:
 
 def _checked_difference(subject: _Subject) -> Check:
     """The central difference, at a point nearby where it fails here."""
-    difference = _difference(subject)
-    if difference.passed:
-        return difference
-    nearby = off_the_kink(subject, _symmetry)
-    if not nearby.passed:
-        raise SelfCheckFailed(_asymmetry_message(subject, nearby))
-    if not off_the_kink(subject, _difference).passed:
-        return difference
-    note = f"on a kink: it passes at a point {KINK_MOVE[subject.precision]:.0e} away"
-    return Check(difference.value, difference.limit, True, note)
+    difference = _or_off_the_kink(subject, _difference)
+    if "kink" in difference.note:
+        nearby = _off_the_kink(subject, _symmetry)
+        if not nearby.passed:
+            raise SelfCheckFailed(_asymmetry_message(subject, nearby))
+    return difference
 
 
 @contextmanager
@@ -332,8 +329,16 @@ def _jacobian_difference(subject: _Subject, limit: float, steps: Sequence[float]
     return Check(best, limit, best < limit)
 
 
-def off_the_kink(subject: _Subject, check: Callable[[_Subject], Check]) -> Check:
-    """A check at a point nearby: ReLUs at exactly zero have no derivative there."""
+def _or_off_the_kink(subject: _Subject, check: Callable[[_Subject], Check]) -> Check:
+    """A check here, or else nearby: ReLUs at exactly zero have no derivative here."""
+    here = check(subject)
+    if here.passed or not _off_the_kink(subject, check).passed:
+        return here
+    note = f"on a kink: it passes at a point {KINK_MOVE[subject.precision]:.0e} away"
+    return Check(here.value, here.limit, True, note)
+
+
+def _off_the_kink(subject: _Subject, check: Callable[[_Subject], Check]) -> Check:
     random = subject.vector("kink")
     step = KINK_MOVE[subject.precision] * subject.length
     with moved(subject.parameters, random / random.norm() * step):

@@ -148,7 +148,13 @@ def graph_bytes(
     batch = objective.batches.items[largest]
     with only(objective.model, parameters), _saved_bytes() as storages:
         product = _guarded(build, objective, batch, parameters)
-    held = sum(storages.values())
+    model = objective.model
+    there = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in (*model.parameters(), *model.buffers(), *leaves(batch))
+        if tensor.layout == torch.strided
+    }
+    held = sum(size for pointer, size in storages.items() if pointer not in there)
     del product
     return int(held * sum(sizes) / max(sizes[largest], 1))
 
@@ -161,7 +167,7 @@ def _saved_bytes() -> Iterator[dict[int, int]]:
         if tensor.layout == torch.strided:
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the tensor itself would keep its own graph alive for ever
+        return tensor.detach()  # an operation's own output would keep its graph alive for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield storages
