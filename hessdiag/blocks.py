@@ -44,8 +44,11 @@ class _Parameters:
         """The block of all ``names``; skipped where none of them can be analysed."""
         canonical = list(dict.fromkeys(self.first[n] for n in names))
         active = tuple(n for n in self.size if n in canonical and n not in self.frozen)
+        size = sum(self.size[n] for n in active)
+        if active and size == 0:
+            return Block(name, (), 0, "its parameters hold no values (a dimension is 0)")
         if active:
-            return Block(name, active, sum(self.size[n] for n in active))
+            return Block(name, active, size)
         return Block(name, (), 0, "all its parameters are frozen (requires_grad=False)")
 
 

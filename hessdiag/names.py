@@ -24,8 +24,8 @@ def named_parameters(
 
 def layer_of(name: str) -> str:
     """The layer that a parameter belongs to; a parametrization belongs to what it makes."""
-    owner, _, leaf = name.partition(".parametrizations.")
-    if leaf:
-        return owner
+    owner, _, leaf = f".{name}".partition(".parametrizations.")
+    if leaf:  # the root's own have no owner: they stand for the tensor that they make
+        return owner.removeprefix(".") or leaf.partition(".")[0]
     head, _, _ = name.rpartition(".")
     return head or name

@@ -81,7 +81,9 @@ def make_options(**given: Any) -> Options:
 
 
 def _listed(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
-    parts = value.split(",") if isinstance(value, str) else list(value)
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
+        raise OptionError(f"{name} is {value!r}; it must be text or a list of text")
     items = tuple(part.strip() for part in parts if part.strip())
     if not items:
         raise OptionError(f"{name} is empty; give at least one, such as {name}='layer'")

@@ -62,11 +62,11 @@ class Quantity:
     @classmethod
     def exact(cls, value: float, low: float | None = None, high: float | None = None) -> Quantity:
         """A computed value with its rounding bound (the value itself when none is given)."""
-        low = value if low is None else min(low, value)
-        high = value if high is None else max(high, value)
+        low = value if low is None else low
+        high = value if high is None else high
         if not (math.isfinite(value) and math.isfinite(low) and math.isfinite(high)):
             return cls.unresolved()
-        return cls(value, low, high, "exact", 1.0)
+        return cls(value, min(low, value), max(high, value), "exact", 1.0)
 
     @classmethod
     def interval(cls, value: float, low: float, high: float, confidence: float) -> Quantity:
@@ -100,6 +100,8 @@ class Quantity:
         """A statistical estimate; without an interval it ranks but certifies nothing."""
         if not math.isfinite(value):
             return cls.unresolved()
+        if not all(math.isfinite(bound) for bound in (low, high) if bound is not None):
+            return cls(value, None, None, "estimate", None)
         return cls(value, low, high, "estimate", confidence)
 
     @classmethod

@@ -211,8 +211,12 @@ def _decompose(active: Tensor, live: Tensor, problem: Problem) -> tuple[ExactSpe
             active, entry_error=4 * problem.eps + 10 * entry / math.sqrt(size)
         )
         if certified is not None:
-            value, vector = certified.value.to(active), certified.vector.to(active)
-            error, tolerance = certified.relative_error * value, 0.0
+            # Both solve the same matrix: each eigenvalue from where it is better known.
+            relative = certified.relative_error * certified.value.to(active)
+            value = torch.where(relative < error, certified.value.to(active), value)
+            value = value.cummax(dim=0).values
+            error, tolerance = torch.minimum(relative, error), 0.0
+            vector = certified.vector.to(active)
     return (
         ExactSpectrum(
             value=value.cpu().numpy(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -32,6 +33,11 @@ def exit_code(error: BaseException) -> int:
 def main() -> None:
     """Run the command line; never shows a traceback unless ``--debug`` asks for it."""
     from hessdiag_cli.app import app
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name or a κ that the terminal's encoding lacks must not cost the result.
+            stream.reconfigure(errors="replace")
 
     def terminate(_signal: int, _frame: FrameType | None) -> None:
         raise SystemExit(EXIT_TERMINATED)

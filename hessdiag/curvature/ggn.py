@@ -59,7 +59,7 @@ def split(objective: Objective, batch: Any, parameters: Sequence[nn.Parameter]) 
         try:
             loss = objective.evaluate(batch)
         except TaskError as error:
-            if "differentiated Tensors" not in str(error):
+            if "differentiated Tensor" not in str(error):
                 raise
             raise TaskError(
                 "Gauss–Newton cuts the graph at the model's output, and the task's loss "

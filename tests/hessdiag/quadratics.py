@@ -50,9 +50,7 @@ def analyse(
     matrix: Tensor, position: Tensor | None = None, *, scale: float = 1.0, **options: object
 ) -> VariantResult:
     """The row of the quadratic's only block."""
-    run: Run = analyze(
-        quadratic_task(matrix, position, scale=scale), blocks="whole", **options
-    )
+    run: Run = analyze(quadratic_task(matrix, position, scale=scale), blocks="whole", **options)
     result = run["whole"].variants["raw"]
     assert result["skipped"] is None, result["skipped"]
     return result
@@ -211,9 +209,7 @@ def expected(spectrum: list[mp.mpf]) -> dict[tuple[str, ...], mp.mpf]:
     for name in THRESHOLDS:
         beyond = [x for x in spectrum if x > mp.mpf(name) * norm]
         found["profile_n_positive", name] = mp.mpf(len(beyond))
-        found["profile_n_negative", name] = mp.mpf(
-            sum(x < -mp.mpf(name) * norm for x in spectrum)
-        )
+        found["profile_n_negative", name] = mp.mpf(sum(x < -mp.mpf(name) * norm for x in spectrum))
         if beyond:
             found["profile_kappa", name] = top / beyond[0]
     return found

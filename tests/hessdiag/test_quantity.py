@@ -42,6 +42,12 @@ def test_what_is_not_finite_is_unresolved(make, broken):
     assert make(broken) == Quantity.unresolved()
 
 
+@pytest.mark.parametrize("broken", BROKEN)
+def test_an_estimate_loses_an_interval_that_is_not_finite_and_keeps_its_value(broken):
+    found = Quantity.estimate(1.0, 0.5, broken, 0.95)
+    assert found == Quantity(1.0, None, None, "estimate", None)
+
+
 def test_a_bound_leaves_its_other_side_open():
     assert Quantity.lower_bound(3.0) == Quantity(3.0, 3.0, None, "lower-bound", 1.0)
     assert Quantity.upper_bound(3.0) == Quantity(3.0, None, 3.0, "upper-bound", 1.0)
@@ -90,7 +96,9 @@ def test_the_image_is_widened_by_the_rounding_of_the_function_and_stays_below_it
 
 
 def test_weakening_touches_exactness_alone():
-    assert Quantity.exact(1.0, 0.5, 2.0).without_exactness() == Quantity(1.0, 0.5, 2.0, "interval", 1.0)
+    assert Quantity.exact(1.0, 0.5, 2.0).without_exactness() == Quantity(
+        1.0, 0.5, 2.0, "interval", 1.0
+    )
     for other in (Quantity.lower_bound(1.0), Quantity.zero(), Quantity.absent()):
         assert other.without_exactness() is other
 
