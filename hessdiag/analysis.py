@@ -82,7 +82,7 @@ def analyze(
     analysis = Analysis(task, chosen, checkpoint, report or _silent)
     run = analysis.run(Path(output) if output is not None else None, force=force)
     if output is not None and not analysis.reprinted:
-        run.save(output, force=force)
+        run.save(output, force=force or analysis.redone)
     return run
 
 
@@ -99,6 +99,7 @@ class Analysis:
     timings: dict[str, float] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     reprinted: bool = False
+    redone: bool = False
 
     def run(self, output: Path | None, *, force: bool) -> Run:
         """Everything between the loan of the model and its return."""
@@ -138,9 +139,11 @@ class Analysis:
                 self.task, weights, batches, optimizer, loss, device.type, options
             )
             stored = _stored_run(output, fingerprint, force=force)
-            if stored is not None:
+            if stored is not None and not stored.provenance.environment["failed"]:
                 self.reprinted = True
                 return stored
+            # The same analysis with blocks that failed is not complete: it is done again.
+            self.redone = stored is not None
             wanted = [block for block in blocks if block.skipped is None]
             names = list(dict.fromkeys(name for block in wanted for name in block.parameters))
             self.report(Event(message="self-checks"))
@@ -246,7 +249,7 @@ class Analysis:
             fixed["half_ratio"] = network.half_ratio(block, solved)
         except (HessdiagError, ArithmeticError, ValueError, RuntimeError, MemoryError) as error:
             self.failed.append(block.name)
-            reason = f"failed: {type(error).__name__}: {error}"
+            reason = " ".join(f"failed: {type(error).__name__}: {error}".split())
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
                 reason = "failed: out of memory; lower --exact-limit or --memory-budget"
             return VariantResult(skipped_fields() | fixed | {"skipped": reason})

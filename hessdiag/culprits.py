@@ -6,11 +6,10 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hessdiag.curvature.objective import Objective
-from hessdiag.data import leaves
+from hessdiag.data import leaves, tensor_bytes
 from hessdiag.names import clean_name, layer_of, named_parameters
 
 
@@ -81,6 +80,5 @@ def _trace(objective: Objective) -> list[tuple[str, str, str, str]]:
 def _hash(value: Any) -> str:
     digest = hashlib.sha256()
     for tensor in leaves(value):
-        plain: Tensor = tensor.detach().cpu().contiguous()
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()

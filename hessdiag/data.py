@@ -212,9 +212,9 @@ def row_hashes(batch: Any) -> list[bytes]:
     if not is_stack(batch):
         whole = hashlib.sha256()
         for tensor in (*found, *(s.batch_sizes for s in packed_sequences(batch))):
-            whole.update(_bytes(tensor))
+            whole.update(tensor_bytes(tensor))
         return [whole.digest()]
-    views = [memoryview(_bytes(tensor)) for tensor in found]
+    views = [memoryview(tensor_bytes(tensor)) for tensor in found]
     widths = [len(view) // rows if rows else 0 for view in views]
     digests = []
     for row in range(rows):
@@ -225,11 +225,14 @@ def row_hashes(batch: Any) -> list[bytes]:
     return digests
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """The numbers of a tensor in row-major order, whatever its strides, device or layout."""
     dense = tensor.detach().cpu()
     if dense.layout != torch.strided:
         dense = dense.to_dense()
-    return dense.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    # A copy, for a one-element view counts as contiguous and keeps strides that no view likes.
+    plain = dense.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return plain.view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _digest(hashes: Sequence[Sequence[bytes]]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hessdiag.checkpoint.optimizer import OptimizerState
 from hessdiag.curvature.loan import bare
-from hessdiag.data import Batches
+from hessdiag.data import Batches, tensor_bytes
 from hessdiag.errors import StoreError
 from hessdiag.names import named_parameters
 from hessdiag.options import EXACT_LIMIT, Options
@@ -78,9 +78,9 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """One hash of named tensors: names, shapes, types and bytes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name]
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 

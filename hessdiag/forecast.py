@@ -62,7 +62,9 @@ def gd_forecast(
     found: dict[str, dict[str, Quantity]] = {name: {} for name in PARTS}
     for horizon in HORIZONS:
         steps = int(horizon)
-        gain, slope, lag = _gain(value, step, steps)
+        gain, _, _ = _gain(value, step, steps)
+        # f is convex, so its slope at the lower end bounds it on all of an eigenvalue's interval.
+        _, slope, lag = _gain(value - error, step, steps)
         with np.errstate(over="ignore", invalid="ignore"):
             energy = np.where(coefficient == 0, 0.0, coefficient**2 * gain)
             change = slope * error + lag * step_error

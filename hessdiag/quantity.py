@@ -119,9 +119,7 @@ class Quantity:
         """The quantity does not exist for this block."""
         return cls(None, None, None, None, None)
 
-    def increasing(
-        self, function: Callable[[float], float], *, most: float = math.inf
-    ) -> Quantity:
+    def increasing(self, function: Callable[[float], float], *, most: float = math.inf) -> Quantity:
         """The quantity under an increasing, nonnegative ``function`` that never exceeds ``most``.
 
         The certificate carries over, widened by what rounding does to the function itself.

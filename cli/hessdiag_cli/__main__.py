@@ -32,18 +32,18 @@ def exit_code(error: BaseException) -> int:
 
 def main() -> None:
     """Run the command line; never shows a traceback unless ``--debug`` asks for it."""
-    from hessdiag_cli.app import app
-
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A name or a κ that the terminal's encoding lacks must not cost the result.
-            stream.reconfigure(errors="replace")
 
     def terminate(_signal: int, _frame: FrameType | None) -> None:
         raise SystemExit(EXIT_TERMINATED)
 
     signal.signal(signal.SIGTERM, terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name or a κ that the terminal's encoding lacks must not cost the result.
+            stream.reconfigure(errors="replace")
     try:
+        from hessdiag_cli.app import app
+
         app()
     except BrokenPipeError:
         # The reader of stdout is gone (`| head`); there is nobody left to tell.

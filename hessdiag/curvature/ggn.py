@@ -165,8 +165,6 @@ def pushforward(parts: Split, parameters: Sequence[nn.Parameter]) -> BatchProduc
     linear = [index for index, part in enumerate(pulled) if part.requires_grad]
 
     def push(vector: Sequence[Tensor]) -> Sequence[Tensor]:
-        if not linear:
-            return [torch.zeros_like(output) for output in parts.outputs]
         return torch.autograd.grad(
             [pulled[index] for index in linear],
             dummies,

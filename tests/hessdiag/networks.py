@@ -52,7 +52,9 @@ def cross_entropy(model, batch):
 
 
 def mlp(activation=nn.Tanh):
-    return nn.Sequential(nn.Linear(3, 4), activation(), nn.Linear(4, 3), activation(), nn.Linear(3, 2))
+    return nn.Sequential(
+        nn.Linear(3, 4), activation(), nn.Linear(4, 3), activation(), nn.Linear(3, 2)
+    )
 
 
 def pairs(*shape, out=2, sizes=(5, 3)):

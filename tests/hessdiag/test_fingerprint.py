@@ -12,7 +12,7 @@ from torch import nn
 
 from hessdiag import Task, analyze
 from hessdiag.errors import StoreError
-from hessdiag.fingerprint import compare_fingerprints, hash_tensors
+from hessdiag.fingerprint import check_same, hash_tensors
 from hessdiag.options import Options
 
 
@@ -135,23 +135,24 @@ def test_the_seed_changes_no_exact_number_beyond_rounding(task):
 
 @pytest.mark.parametrize("drift", [0.0, 1e-13])
 def test_a_loss_that_differs_by_rounding_is_the_same(drift):
-    assert compare_fingerprints({"loss": 2.0}, {"loss": 2.0 * (1 + drift)}, Path("r"), force=False)
+    check_same({"loss": 2.0}, {"loss": 2.0 * (1 + drift)}, Path("run.h5"))
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_a_loss_that_differs_by_more_is_another(scale):
+    with pytest.raises(StoreError, match="loss differs"):
+        check_same({"loss": scale}, {"loss": scale * (1 + 1e-11)}, Path("run.h5"))
 
 
 def test_every_differing_field_is_named():
-    with pytest.raises(StoreError, match="data, seed differ"):
-        compare_fingerprints(
-            {"seed": 0, "data": "a", "dtype": "x"},
-            {"data": "b", "dtype": "x", "seed": 1},
-            Path("run.h5"),
-            force=False,
-        )
-    assert not compare_fingerprints({"seed": 0}, {"seed": 1}, Path("run.h5"), force=True)
+    stored = {"seed": 0, "data": "a", "dtype": "x"}
+    with pytest.raises(StoreError, match="data, seed differ;"):
+        check_same(stored, {"data": "b", "dtype": "x", "seed": 1}, Path("run.h5"))
 
 
 def test_a_field_that_the_stored_run_lacks_differs():
     with pytest.raises(StoreError, match="seed differs"):
-        compare_fingerprints({}, {"seed": 0}, Path("run.h5"), force=False)
+        check_same({}, {"seed": 0}, Path("run.h5"))
 
 
 def test_the_hash_of_tensors_knows_names_shapes_types_and_values_but_no_order():

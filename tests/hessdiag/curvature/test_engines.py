@@ -14,7 +14,9 @@ from hessdiag.errors import SelfCheckFailed, TaskError
 
 def wide(networks, batches):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 50), nn.Tanh(), nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 2))
+    model = nn.Sequential(
+        nn.Linear(20, 50), nn.Tanh(), nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 2)
+    )
     data = [(torch.randn(400, 20), torch.randn(400, 2)) for _ in range(batches)]
     return networks.Task(model, data, networks.mse)
 

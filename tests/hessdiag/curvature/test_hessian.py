@@ -51,7 +51,9 @@ def test_a_block_is_the_diagonal_block_of_the_whole(name, networks):
     with networks.lent(case.task) as (objective, named):
         sizes = {key: named[key].numel() for key in case.trainable}
         parameters = list(named.values())
-        whole = assembled(make_engine(objective, parameters, curvature="hessian"), sum(sizes.values()))
+        whole = assembled(
+            make_engine(objective, parameters, curvature="hessian"), sum(sizes.values())
+        )
         start = 0
         for key, size in sizes.items():
             engine = make_engine(objective, [named[key]], curvature="hessian", engine="kept")
