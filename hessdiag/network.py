@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hessdiag.blocks import WHOLE, Block
-from hessdiag.bounds import never_exact
+from hessdiag.conditioning.bounds import never_exact
 from hessdiag.curvature.engines import Engine, make_engine
 from hessdiag.curvature.objective import Objective, flatten
 from hessdiag.curvature.precision import gradient_noise, noise_of

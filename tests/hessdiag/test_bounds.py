@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hessdiag.bounds import (
+from hessdiag.conditioning.bounds import (
     RitzSpectrum,
     absent_quantities,
     never_exact,

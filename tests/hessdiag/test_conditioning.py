@@ -91,6 +91,15 @@ def test_margins_are_absent_where_no_eigenvalue_stands_on_that_side():
     assert count_inertia(np.array([1e-12, 0.0]), 1e-9).margin_above is None
 
 
+def test_in_a_narrower_type_whatever_lies_below_the_tolerance_may_have_any_sign():
+    value = np.array([1e-9, 0.5, 1.0])
+    assert not count_inertia(value, 1e-6).ambiguous
+    found = count_inertia(value, 1e-6, narrow=True)
+    assert found.ambiguous
+    assert (found.positive, found.positive_low, found.positive_high) == (2, 2, 3)
+    assert (found.negative, found.negative_low, found.negative_high) == (0, 0, 1)
+
+
 @pytest.mark.parametrize("name", ["n_positive", "n_negative", "n_zero"])
 def test_ambiguous_counts_carry_the_range_that_they_may_have(name):
     tolerance = zero_tolerance(1.0, 10, EPS, 0.0)
@@ -185,7 +194,7 @@ def test_a_count_of_zero_that_may_be_one_leaves_kappa_unresolved_not_absent():
 
 def test_positive_eigenvalues_that_only_the_equilibrated_matrix_shows_bound_kappa_from_below():
     # 1e-20 is real (the inertia counts it), but drowns in the rounding of the raw solve.
-    inertia = Inertia(3, 0, 3, 3, 0, 0, 1e10, None)
+    inertia = Inertia(3, 0, 3, 3, 0, 0, 1e10, None, ambiguous=False)
     found = fields_of([1e-18, 0.5, 1.0], inertia=inertia)
     assert found["kappa"].status == "lower-bound"
     tolerance = zero_tolerance(1.0, 3, EPS, 0.0)
@@ -197,7 +206,7 @@ def test_positive_eigenvalues_that_only_the_equilibrated_matrix_shows_bound_kapp
 
 
 def test_negative_mass_that_the_raw_solve_cannot_see_is_within_its_interval():
-    inertia = Inertia(2, 1, 2, 2, 1, 1, 1e10, None)
+    inertia = Inertia(2, 1, 2, 2, 1, 1, 1e10, None, ambiguous=False)
     mass = fields_of([-1e-16, 0.5, 1.0], inertia=inertia)["negative_mass"]
     assert mass.low == 0.0
     assert mass.high >= 1e-16 / 1.5

@@ -26,6 +26,7 @@ from hessdiag.data import (
     tensor_bytes,
 )
 from hessdiag.errors import InputError, TaskError
+from hessdiag.task import Task, units
 
 CPU = torch.device("cpu")
 
@@ -181,6 +182,8 @@ def test_a_packed_sequence_is_moved_counted_by_sequences_and_never_cut():
         for data in ([packed()], [(packed(), torch.zeros(3))]):
             with pytest.raises(InputError, match="cannot be cut anew"):
                 load(data, **options)
+    task = Task(torch.nn.Linear(1, 1), [], lambda model, batch: model(batch))
+    assert units(task)((packed(), torch.zeros(3))) == 3
     other = PackedSequence(packed().data, torch.tensor([2, 2, 1, 1]))
     assert row_hashes(packed()) != row_hashes(other)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from hessdiag.forecast import gd_forecast, uniform_forecast
+from hessdiag.conditioning.forecast import gd_forecast, uniform_forecast
 from hessdiag.quantity import Quantity
 from hessdiag.run import HORIZONS
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hessdiag.bounds import SCALARS
+from hessdiag.conditioning.bounds import SCALARS
 from hessdiag.quantity import Quantity
 from hessdiag.run import HORIZONS
 from hessdiag.solve import (

@@ -320,12 +320,34 @@ def test_compile_and_parallel_wrappers_are_taken_off():
         assert bare(wrapped) is inner
 
 
-def test_a_module_compiled_in_place_runs_eagerly(networks):
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return torch.tanh(self.layer(x))
+
+
+def test_what_is_compiled_runs_eagerly_and_is_compiled_again_afterwards(networks):
     compiled = []
-    model = nn.Sequential(nn.Linear(3, 2))
-    model.compile(backend=lambda graph, _: compiled.append(1) or graph)
-    measure(model, networks, lambda m, b: m(b).square().mean())
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph
+
+    @torch.compile(backend=backend)
+    def loss(output):
+        return output.square().mean()
+
+    whole, part = Own(), nn.Sequential(torch.compile(Own(), backend=backend))
+    whole.compile(backend=backend)
+    for model in (whole, part):
+        measure(model, networks, lambda m, b: loss(m(b)))
     assert not compiled
+    for model in (whole, part):
+        loss(model(torch.ones(5, 3)).detach())
+    assert compiled
 
 
 def test_the_record_says_what_was_switched():

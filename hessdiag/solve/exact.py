@@ -1,138 +1,38 @@
-"""One block's matrix, assembled or as a product, to the fields of its row."""
+"""A block's assembled matrix to the fields of its row."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from hessdiag.bounds import RitzSpectrum, absent_quantities, ritz_quantities, zero_quantities
-from hessdiag.conditioning import (
+from hessdiag.conditioning.forecast import gd_forecast
+from hessdiag.conditioning.kappa import exact_quantities, rates
+from hessdiag.conditioning.spectrum import (
     ROUNDING_SHARE,
     ExactSpectrum,
     count_inertia,
-    exact_quantities,
-    rates,
     zero_tolerance,
 )
-from hessdiag.forecast import gd_forecast, uniform_forecast
 from hessdiag.quantity import Quantity
-from hessdiag.run import Value
+from hessdiag.solve.problem import (
+    ROW_FACTOR,
+    Array,
+    Noise,
+    Problem,
+    Solved,
+    common_fields,
+    zero_fields,
+)
 from hessdiag_probes.exact import eigh, eigvalsh, equilibrate, positive_spectrum
-from hessdiag_probes.lanczos import Ritz, lanczos
-from hessdiag_probes.random import generator, rademacher, sphere
-from hessdiag_probes.types import Matvec, Vector
+from hessdiag_probes.random import generator, sphere
+from hessdiag_probes.types import Vector
 
-Array = NDArray[np.float64]
-
-ROW_FACTOR = 1e3  # a row is zero if its norm is at most this many times its own noise
 HUGE_RANGE = 1e4  # λ_min below this many τ: solve a positive definite block relatively
-RITZ_CONVERGED = 1e-8  # of ‖H‖, at both ends (maths 1.6)
 SMALL_STEP = 1e-2  # a gradient step of more than this share of |p| is no stationary point
 STORED_VECTORS = 2  # at either end
-
-
-@dataclass(frozen=True)
-class Noise:
-    """The error of a block's products by floating point (maths 0.6).
-
-    Attributes:
-        error: ``v -> error of C v``, by two recomputed products.
-        block: ν, the error of a product with a unit vector.
-        rows: ν of each row, (n,): the error of a product with vectors of entries about ±1.
-        seen: The largest magnitude in each row of those products, (n,).
-        gradient: Bound on the gradient's error, 2-norm.
-    """
-
-    error: Callable[[Vector], Vector]
-    block: float
-    rows: Vector
-    seen: Vector
-    gradient: float
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a block's fields are computed from, besides its matrix.
-
-    Attributes:
-        name: Of the block; with ``seed`` it fixes every random vector.
-        gradient: Of the loss alone, (n,).
-        position: The block's parameters, (n,).
-        loss: Over the dataset, without weight decay.
-        noise: Of the products.
-        eps: Unit roundoff of the products.
-        weight_decay: λ, added to the diagonal and to the gradient.
-        damping: μ of ``kappa_damped``, or None.
-        seed: Of the analysis.
-    """
-
-    name: str
-    gradient: Vector
-    position: Vector
-    loss: float
-    noise: Noise
-    eps: float
-    weight_decay: float
-    damping: float | None
-    seed: int
-
-    @property
-    def full_gradient(self) -> Vector:
-        """Of the loss with its weight decay."""
-        return self.gradient + self.weight_decay * self.position
-
-    @property
-    def full_loss(self) -> float:
-        """With the weight decay of the block: what its steps can lower at most."""
-        return self.loss + 0.5 * self.weight_decay * float(self.position.square().sum())
-
-
-@dataclass(frozen=True)
-class Solved:
-    """The fields of a row and the arrays behind them, named as in the file."""
-
-    values: dict[str, Value]
-    spectrum: dict[str, Array]
-    rows: dict[str, Array]
-
-
-def measure_noise(
-    error: Callable[[Vector], Vector],
-    product: Matvec,
-    like: Vector,
-    *,
-    seed: int,
-    name: str,
-    gradient: float,
-) -> Noise:
-    """ν of a block and of its rows, from two vectors of random signs and sizes in 1/2 … 3/2.
-
-    Plain signs would cancel in a live row such as (1, −1), half the time to exactly zero; normal
-    numbers are too small for a row with one entry now and then.
-
-    Cost:
-        Two products and two calls of ``error``.
-    """
-    # In float64 whatever the products are, for squares leave the range of float32.
-    rows = torch.zeros_like(like, dtype=torch.float64)
-    seen = rows.clone()
-    block = 0.0
-    for purpose in ("noise 1", "noise 2"):
-        source = generator(seed, name, purpose)
-        sign = rademacher(like.numel(), generator=source)
-        size = 0.5 + torch.rand(like.numel(), generator=source, dtype=torch.float64)
-        vector = (sign * size).to(like)
-        wrong = error(vector).double()
-        rows = torch.maximum(rows, wrong.abs())
-        seen = torch.maximum(seen, product(vector).abs().double())
-        block = max(block, float(wrong.norm()) / float(vector.norm()))
-    return Noise(error, block, rows, seen, gradient)
 
 
 def solve_exact(matrix: Tensor, problem: Problem) -> Solved:
@@ -149,10 +49,10 @@ def solve_exact(matrix: Tensor, problem: Problem) -> Solved:
     matrix, inactive = _without_noise(matrix, problem.noise)
     matrix.diagonal().add_(problem.weight_decay)
     norms = matrix.norm(dim=1)
-    values = _common(problem, int(inactive.sum()), "exact")
+    values = common_fields(problem, int(inactive.sum()), "exact")
     if not bool((norms > 0).any()):
         nothing = {"eigenvalue": np.zeros(len(norms))}
-        return Solved(values | _zero_fields(problem, len(norms)), nothing, _rows(matrix, problem))
+        return Solved(values | zero_fields(problem, len(norms)), nothing, _rows(matrix, problem))
     live = norms > 0
     active = matrix[live][:, live]
     spectrum, vector = _decompose(active, live, problem)
@@ -196,15 +96,17 @@ def _decompose(active: Tensor, live: Tensor, problem: Problem) -> tuple[ExactSpe
     noise = _scaled_noise(problem, live, balanced.scale, "equilibrated")
     signs = eigvalsh(balanced.matrix)
     norm = float(signs.abs().max())
-    inertia = count_inertia(signs.cpu().numpy(), zero_tolerance(norm, size, problem.eps, noise))
+    # Narrower products have no entry right enough for a huge range to mean anything (maths 0.3).
+    narrow = problem.eps > torch.finfo(torch.float64).eps
+    inertia = count_inertia(
+        signs.cpu().numpy(), zero_tolerance(norm, size, problem.eps, noise), narrow=narrow
+    )
     found = eigh(active)
     value, vector = found.value, found.vector
     tolerance = zero_tolerance(float(value.abs().max()), size, problem.eps, problem.noise.block)
     error = torch.full_like(value, ROUNDING_SHARE * tolerance)
     definite = inertia.positive == size and not inertia.ambiguous
-    # Narrower products have no entry right enough for a huge range to mean anything (maths 0.3).
-    full_precision = problem.eps <= torch.finfo(torch.float64).eps
-    if definite and full_precision and float(value[0]) < HUGE_RANGE * tolerance:
+    if definite and not narrow and float(value[0]) < HUGE_RANGE * tolerance:
         scale = active.diagonal().clamp_min(torch.finfo(active.dtype).tiny).rsqrt()
         entry = _scaled_noise(problem, live, scale, "relative")
         certified = positive_spectrum(
@@ -315,91 +217,3 @@ def _rows(matrix: Tensor, problem: Problem) -> dict[str, Array]:
             "diagonal_high": diagonal + slack,
         }.items()
     }
-
-
-def solve_lanczos(product: Matvec, problem: Problem, *, steps: int) -> tuple[Solved, int]:
-    """Both ends of a block's spectrum and a lower bound on κ, from one Lanczos run.
-
-    Args:
-        product: ``v -> H v`` without weight decay.
-        problem: The block.
-        steps: Most Lanczos steps.
-    Returns:
-        The row, and the number of products.
-    Cost:
-        At most ``steps`` products and ``steps`` n numbers.
-    """
-    noise = problem.noise
-    like = problem.gradient
-    dead = noise.seen <= ROW_FACTOR * noise.rows
-    zero = float(noise.seen.norm()) <= ROW_FACTOR * noise.block * math.sqrt(like.numel())
-    if zero:
-        dead = torch.ones_like(dead)
-    values = _common(problem, int(dead.sum()), "lanczos")
-    if zero and problem.weight_decay == 0:
-        return Solved(values | _zero_fields(problem, like.numel()), {}, {}), 0
-    alive = (~dead).to(like)
-
-    def matvec(vector: Vector) -> Vector:
-        return alive * product(alive * vector) + problem.weight_decay * vector
-
-    start = sphere(
-        like.numel(),
-        generator=generator(problem.seed, problem.name, "lanczos"),
-        dtype=like.dtype,
-        device=like.device,
-    )
-
-    def converged(ritz: Ritz) -> bool:
-        reach = RITZ_CONVERGED * float(ritz.value.abs().max())
-        return max(float(ritz.bound[0]), float(ritz.bound[-1])) <= reach
-
-    run = lanczos(matvec, start, min(steps, like.numel()), converged=converged)
-    ritz = run.ritz()
-    tolerance = zero_tolerance(
-        float(ritz.value.abs().max()), like.numel(), problem.eps, noise.block
-    )
-    value, bound = ritz.value.numpy(), ritz.bound.numpy()
-    spectrum = RitzSpectrum(value, bound, ROUNDING_SHARE * tolerance, tolerance)
-    values |= ritz_quantities(spectrum, damping=problem.damping)
-    values |= uniform_forecast(Quantity.unresolved())
-    kappa = values["kappa"]
-    if isinstance(kappa, Quantity):
-        values |= rates(kappa)
-    values["gd_rate_applies"] = False if value[0] < -tolerance else None
-    values["notes"] = [
-        "above the exact limit: ends and kappa are bounds from Lanczos, the rest is unresolved"
-    ]
-    weight = ritz.weight.numpy()
-    arrays = {"ritz_value": value, "ritz_weight": weight, "ritz_bound": bound}
-    return Solved(values, arrays, {}), run.matvecs
-
-
-def _common(problem: Problem, inactive: int, method: str) -> dict[str, Value]:
-    return {
-        "inactive": inactive,
-        "loss": problem.loss,
-        "gradient_norm": float(problem.full_gradient.norm()),
-        "method": method,
-    }
-
-
-def _zero_fields(problem: Problem, size: int) -> dict[str, Value]:
-    zero = Quantity.zero()
-    return (
-        zero_quantities(size, problem.damping)
-        | uniform_forecast(zero)
-        | {"gd_rate": zero, "gd_iterations_per_decade": zero, "gd_rate_applies": False}
-        | {"notes": ["the matrix is zero: the loss is linear in this block, or does not use it"]}
-    )
-
-
-def skipped_fields() -> dict[str, Value]:
-    """Every field of a row that has nothing to analyse, or whose analysis failed."""
-    absent = Quantity.absent()
-    return (
-        absent_quantities()
-        | uniform_forecast(absent)
-        | {"gd_rate": absent, "gd_iterations_per_decade": absent, "gd_rate_applies": None}
-        | {"inactive": 0, "loss": None, "gradient_norm": None, "method": "", "notes": []}
-    )

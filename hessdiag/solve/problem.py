@@ -1,0 +1,150 @@
+"""A block to solve: what it is computed from, what comes out, and the fields of trivial rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hessdiag.conditioning.bounds import absent_quantities, zero_quantities
+from hessdiag.conditioning.forecast import uniform_forecast
+from hessdiag.quantity import Quantity
+from hessdiag.run import Value
+from hessdiag_probes.random import generator, rademacher
+from hessdiag_probes.types import Matvec, Vector
+
+Array = NDArray[np.float64]
+ROW_FACTOR = 1e3  # a row is zero if its norm is at most this many times its own noise
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The error of a block's products by floating point (maths 0.6).
+
+    Attributes:
+        error: ``v -> error of C v``, by two recomputed products.
+        block: ν, the error of a product with a unit vector.
+        rows: ν of each row, (n,): the error of a product with vectors of entries about ±1.
+        seen: The largest magnitude in each row of those products, (n,).
+        gradient: Bound on the gradient's error, 2-norm.
+    """
+
+    error: Callable[[Vector], Vector]
+    block: float
+    rows: Vector
+    seen: Vector
+    gradient: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a block's fields are computed from, besides its matrix.
+
+    Attributes:
+        name: Of the block; with ``seed`` it fixes every random vector.
+        gradient: Of the loss alone, (n,).
+        position: The block's parameters, (n,).
+        loss: Over the dataset, without weight decay.
+        noise: Of the products.
+        eps: Unit roundoff of the products.
+        weight_decay: λ, added to the diagonal and to the gradient.
+        damping: μ of ``kappa_damped``, or None.
+        seed: Of the analysis.
+    """
+
+    name: str
+    gradient: Vector
+    position: Vector
+    loss: float
+    noise: Noise
+    eps: float
+    weight_decay: float
+    damping: float | None
+    seed: int
+
+    @property
+    def full_gradient(self) -> Vector:
+        """Of the loss with its weight decay."""
+        return self.gradient + self.weight_decay * self.position
+
+    @property
+    def full_loss(self) -> float:
+        """With the weight decay of the block: what its steps can lower at most."""
+        return self.loss + 0.5 * self.weight_decay * float(self.position.square().sum())
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The fields of a row and the arrays behind them, named as in the file."""
+
+    values: dict[str, Value]
+    spectrum: dict[str, Array]
+    rows: dict[str, Array]
+
+
+def measure_noise(
+    error: Callable[[Vector], Vector],
+    product: Matvec,
+    like: Vector,
+    *,
+    seed: int,
+    name: str,
+    gradient: float,
+) -> Noise:
+    """ν of a block and of its rows, from two vectors of random signs and sizes in 1/2 … 3/2.
+
+    Plain signs would cancel in a live row such as (1, −1), half the time to exactly zero; normal
+    numbers are too small for a row with one entry now and then.
+
+    Cost:
+        Two products and two calls of ``error``.
+    """
+    # In float64 whatever the products are, for squares leave the range of float32.
+    rows = torch.zeros_like(like, dtype=torch.float64)
+    seen = rows.clone()
+    block = 0.0
+    for purpose in ("noise 1", "noise 2"):
+        source = generator(seed, name, purpose)
+        sign = rademacher(like.numel(), generator=source)
+        size = 0.5 + torch.rand(like.numel(), generator=source, dtype=torch.float64)
+        vector = (sign * size).to(like)
+        wrong = error(vector).double()
+        rows = torch.maximum(rows, wrong.abs())
+        seen = torch.maximum(seen, product(vector).abs().double())
+        block = max(block, float(wrong.norm()) / float(vector.norm()))
+    return Noise(error, block, rows, seen, gradient)
+
+
+def common_fields(problem: Problem, inactive: int, method: str) -> dict[str, Value]:
+    """The plain fields that every solved row has."""
+    return {
+        "inactive": inactive,
+        "loss": problem.loss,
+        "gradient_norm": float(problem.full_gradient.norm()),
+        "method": method,
+    }
+
+
+def zero_fields(problem: Problem, size: int) -> dict[str, Value]:
+    """The fields of a block whose matrix is zero."""
+    zero = Quantity.zero()
+    return (
+        zero_quantities(size, problem.damping)
+        | uniform_forecast(zero)
+        | {"gd_rate": zero, "gd_iterations_per_decade": zero, "gd_rate_applies": False}
+        | {"notes": ["the matrix is zero: the loss is linear in this block, or does not use it"]}
+    )
+
+
+def skipped_fields() -> dict[str, Value]:
+    """Every field of a row that has nothing to analyse, or whose analysis failed."""
+    absent = Quantity.absent()
+    return (
+        absent_quantities()
+        | uniform_forecast(absent)
+        | {"gd_rate": absent, "gd_iterations_per_decade": absent, "gd_rate_applies": None}
+        | {"inactive": 0, "loss": None, "gradient_norm": None, "method": "", "notes": []}
+    )
