@@ -279,22 +279,21 @@ def _difference(subject: _Subject) -> Check:
     scaled = torch.where(size > 0, sign / size.clamp_min(1e-300).sqrt(), torch.zeros_like(sign))
     best = float("inf")
     for direction in (sign, scaled):
+        unit = direction / direction.norm() * subject.length
+        wanted = product(unit)
         for step in steps:
-            value = _one_difference(subject, direction, step)
-            best = min(best, value)
+            best = min(best, _one_difference(subject, unit, step, wanted))
             if best < 0.01 * limit:
                 return Check(best, limit, True)
     return Check(best, limit, best < limit)
 
 
-def _one_difference(subject: _Subject, direction: Vector, step: float) -> float:
-    unit = direction / direction.norm() * subject.length
-    gradient: Callable[[Sequence[nn.Parameter]], Vector] = subject.objective.gradient
-    with moved(subject.parameters, step * unit):
-        ahead = gradient(subject.parameters)
-    with moved(subject.parameters, -step * unit):
-        behind = gradient(subject.parameters)
-    wanted = subject.product()(unit)
+def _one_difference(subject: _Subject, unit: Vector, step: float, wanted: Vector) -> float:
+    objective, parameters = subject.objective, subject.parameters
+    with moved(parameters, step * unit):
+        ahead = objective.gradient(parameters)
+    with moved(parameters, -step * unit):
+        behind = objective.gradient(parameters)
     scale = float(wanted.norm())
     return float(((ahead - behind) / (2 * step) - wanted).norm()) / scale if scale else 0.0
 

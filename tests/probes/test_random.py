@@ -17,7 +17,6 @@ def test_one_seed_is_one_vector_in_every_dtype(draw):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("draw", DRAWS)
 def test_one_seed_is_one_vector_on_every_device(draw):
     there = draw(50, generator=generator(3, "a"), device="cuda")
