@@ -119,12 +119,17 @@ def loss_noise(objective: Objective, *, narrow: bool = False) -> float:
 
 
 class CastWatcher(TorchDispatchMode):
-    """Notes every module in whose forward, or in whose backward, precision is thrown away."""
+    """Notes every module in whose forward, or in whose backward, precision is thrown away.
+
+    In the forward only what depends on the parameters counts: a constant that is rounded once
+    (rotary frequencies) defines the loss, and spoils no derivative.
+    """
 
     def __init__(self, wide: torch.dtype) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.wide = wide
         self.outside = "the loss function"
+        self.backward = False
         self.running: list[str] = []
         self.found: dict[str, str] = {}
 
@@ -133,18 +138,18 @@ class CastWatcher(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        wide = any(t.is_floating_point() and t.dtype.itemsize >= self.wide.itemsize for t in inputs)
-        if wide:
+        if any(self._is_wide(t) and (self.backward or t.requires_grad) for t in inputs):
             for tensor in tree_leaves(result):
-                narrow = (
-                    isinstance(tensor, Tensor)
-                    and tensor.is_floating_point()
-                    and tensor.dtype.itemsize < self.wide.itemsize
-                )
-                if narrow:
+                if isinstance(tensor, Tensor) and self._is_narrow(tensor):
                     where = self.running[-1] if self.running else self.outside
                     self.found.setdefault(where, str(tensor.dtype).removeprefix("torch."))
         return result
+
+    def _is_wide(self, tensor: Tensor) -> bool:
+        return tensor.is_floating_point() and tensor.dtype.itemsize >= self.wide.itemsize
+
+    def _is_narrow(self, tensor: Tensor) -> bool:
+        return tensor.is_floating_point() and tensor.dtype.itemsize < self.wide.itemsize
 
     @contextmanager
     def following(self, model: nn.Module) -> Iterator[None]:
@@ -183,6 +188,6 @@ def hidden_casts(objective: Objective, parameters: Sequence[nn.Parameter]) -> di
         loss = objective.evaluate(batch)
         # The backward of a widening cast narrows: news only where the forward showed nothing.
         if loss.requires_grad and not watcher.found:
-            watcher.outside = "the backward pass"
+            watcher.outside, watcher.backward = "the backward pass", True
             torch.autograd.grad(loss, parameters, allow_unused=True)
     return watcher.found

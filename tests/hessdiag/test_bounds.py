@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from hessdiag.conditioning import exact_quantities
 from hessdiag.conditioning.bounds import (
     RitzSpectrum,
     absent_quantities,
@@ -13,7 +14,6 @@ from hessdiag.conditioning.bounds import (
     unresolved_quantities,
     zero_quantities,
 )
-from hessdiag.conditioning import exact_quantities
 from hessdiag.quantity import Quantity
 from hessdiag.run import THRESHOLDS
 

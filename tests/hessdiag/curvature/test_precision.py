@@ -153,6 +153,15 @@ class Narrowed(torch.autograd.Function):
         return gradient.float().double()
 
 
+def test_a_constant_that_is_rounded_once_is_no_cast(networks):
+    class Rotary(torch.nn.Linear):
+        def forward(self, x):
+            angles = torch.arange(3.0, dtype=x.dtype).float().cos()
+            return super().forward(x * angles)
+
+    assert casts(networks, Rotary(3, 2)) == {}
+
+
 def test_a_cast_in_the_backward_alone_is_found(networks):
     model = nn.Sequential(nn.Linear(3, 4), networks.Calls(Narrowed.apply), nn.Linear(4, 2))
     assert casts(networks, model) == {"the backward pass": "float32"}

@@ -150,7 +150,7 @@ def flipped(content, position, path):
 
 def test_a_flipped_bit_anywhere_is_refused(small_bytes, tmp_path):
     end = len(small_bytes) - LENGTH
-    for position in random.Random(0).sample(range(end), 40):  # noqa: S311
+    for position in random.Random(0).sample(range(end), 40):
         with pytest.raises(StoreError, match="does not match its checksum"):
             read_run(flipped(small_bytes, position, tmp_path / "x.h5"))
     assert not is_run(tmp_path / "x.h5")
