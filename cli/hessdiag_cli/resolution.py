@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 from hessdiag.errors import OptionError
 
 if TYPE_CHECKING:
-    from hessdiag.resolve import Resolution
-
     from hessdiag.checkpoint import Checkpoint
+    from hessdiag.resolve import Resolution
 
 
 def find_task(
