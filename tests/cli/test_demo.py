@@ -5,15 +5,10 @@ import json
 import shlex
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 import hessdiag.demos
 from hessdiag.errors import StoreError, TaskError
 from hessdiag_cli.demo import demo
-
-app = typer.Typer()
-app.command()(demo)
 
 
 @pytest.fixture(autouse=True)
@@ -24,14 +19,12 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(*arguments):
-    result = CliRunner().invoke(app, arguments)
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+@pytest.fixture
+def run(call):
+    return functools.partial(call, demo)
 
 
-def test_without_a_name_the_mlp_is_written_here_and_the_next_command_said(here):
+def test_without_a_name_the_mlp_is_written_here_and_the_next_command_said(here, run):
     result = run()
     assert (here / "model.pt").is_file()
     assert len(list((here / "iterates").iterdir())) == 10
@@ -41,13 +34,13 @@ def test_without_a_name_the_mlp_is_written_here_and_the_next_command_said(here):
     assert result.stderr == "training, 10 steps\n"
 
 
-def test_the_next_command_can_be_pasted_for_any_directory(here):
+def test_the_next_command_can_be_pasted_for_any_directory(here, run):
     last = run("convnet", "-o", "two words").stdout.splitlines()[-1]
     assert shlex.split(last) == ["next:", "hessdiag", "analyze", "two words/model.pt"]
     assert (here / "two words" / "model.pt").is_file()
 
 
-def test_json_is_one_document_that_names_every_file(here):
+def test_json_is_one_document_that_names_every_file(here, run):
     document = json.loads(run("transformer", "--json").stdout)
     assert document["task"] == "demo:transformer"
     assert document["parameters"] == 842
@@ -59,12 +52,12 @@ def test_json_is_one_document_that_names_every_file(here):
     )
 
 
-def test_quiet_says_nothing_on_stderr_and_verbose_lists_the_iterates():
+def test_quiet_says_nothing_on_stderr_and_verbose_lists_the_iterates(run):
     assert run("-q").stderr == ""
     assert "wrote iterates/step-000010.pt" in run("--force", "-v").stderr
 
 
-def test_a_demo_that_is_there_stays_unless_forced(here):
+def test_a_demo_that_is_there_stays_unless_forced(here, run):
     run()
     before = (here / "model.pt").read_bytes()
     with pytest.raises(StoreError, match="--force"):
@@ -74,12 +67,12 @@ def test_a_demo_that_is_there_stays_unless_forced(here):
     assert (here / "model.pt").read_bytes() != before
 
 
-def test_an_unknown_name_is_refused_with_the_nearest_one(here):
+def test_an_unknown_name_is_refused_with_the_nearest_one(here, run):
     with pytest.raises(TaskError, match="did you mean convnet"):
         run("convnets")
     assert not list(here.iterdir())
 
 
-def test_the_help_names_every_demo():
+def test_the_help_names_every_demo(run):
     text = run("--help").stdout
     assert all(name in text for name in hessdiag.demos.DEMOS)

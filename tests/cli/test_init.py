@@ -1,19 +1,15 @@
 """``init`` writes a task that works as it is, and never over another file unasked."""
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
 from hessdiag.errors import InputError
 from hessdiag.resolve import find
 from hessdiag.task import as_loss, units
 from hessdiag_cli.init import init
-
-app = typer.Typer()
-app.command()(init)
 
 
 @pytest.fixture(autouse=True)
@@ -22,14 +18,12 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(*arguments):
-    result = CliRunner().invoke(app, arguments)
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+@pytest.fixture
+def run(call):
+    return functools.partial(call, init)
 
 
-def test_the_file_is_found_and_is_a_task_that_works(here):
+def test_the_file_is_found_and_is_a_task_that_works(here, run):
     result = run()
     assert result.stdout == "hessdiag_task.py\n"
     assert "hessdiag analyze CKPT" in result.stderr
@@ -42,7 +36,7 @@ def test_the_file_is_found_and_is_a_task_that_works(here):
     assert len(task.optimizer(task.model).param_groups) == 1
 
 
-def test_an_existing_file_is_kept_unless_forced(here):
+def test_an_existing_file_is_kept_unless_forced(here, run):
     Path("hessdiag_task.py").write_text("mine")
     with pytest.raises(InputError, match="exists already; add --force"):
         run()
@@ -51,7 +45,7 @@ def test_an_existing_file_is_kept_unless_forced(here):
     assert "hessdiag.Task(" in Path("hessdiag_task.py").read_text()
 
 
-def test_another_name_and_a_folder_that_is_not_there(here):
+def test_another_name_and_a_folder_that_is_not_there(here, run):
     assert "--task other.py" in run("-o", "other.py").stderr
     with pytest.raises(InputError, match="cannot be written"):
         run("-o", "gone/other.py")

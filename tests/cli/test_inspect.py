@@ -1,19 +1,16 @@
 """``inspect`` says what a file is and which task it has, and runs nothing."""
 
+import functools
 import json
 
 import pytest
 import torch
-import typer
 from torch import nn
-from typer.testing import CliRunner
 
 from hessdiag.errors import CheckpointError, TaskError
 from hessdiag_cli.inspect import inspect
 
 FATAL = "raise RuntimeError('user code ran')\n"
-app = typer.Typer()
-app.command()(inspect)
 
 
 @pytest.fixture
@@ -33,14 +30,12 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(*arguments):
-    result = CliRunner().invoke(app, arguments)
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+@pytest.fixture
+def run(call):
+    return functools.partial(call, inspect)
 
 
-def test_the_table_shows_file_optimizer_tensors_and_what_is_not_finite(here):
+def test_the_table_shows_file_optimizer_tensors_and_what_is_not_finite(here, run):
     lines = run("m.pt").stdout.splitlines()
     text = "\n".join(lines)
     assert "training checkpoint (torch zip)" in text
@@ -56,7 +51,7 @@ def test_the_table_shows_file_optimizer_tensors_and_what_is_not_finite(here):
     assert max(map(len, lines)) <= 100
 
 
-def test_json_is_one_document(here):
+def test_json_is_one_document(here, run):
     result = run("m.pt", "--json", "--task", "demo:mlp")
     found = json.loads(result.stdout)
     assert result.stderr == ""
@@ -79,7 +74,7 @@ def test_json_is_one_document(here):
     assert bare["task"] is bare["optimizer"] is None
 
 
-def test_a_long_list_is_cut_unless_verbose(here):
+def test_a_long_list_is_cut_unless_verbose(here, run):
     short, long = run("deep.pt").stdout, run("deep.pt", "-v").stdout
     assert "… and 20 more tensors (-v lists them)" in short
     assert "layers.39.weight" in short
@@ -88,7 +83,7 @@ def test_a_long_list_is_cut_unless_verbose(here):
 
 
 @pytest.mark.parametrize("by", ["--task", "file"])
-def test_no_user_code_runs(here, by):
+def test_no_user_code_runs(here, by, run):
     (here / "hessdiag_task.py").write_text(FATAL)
     arguments = ["--task", "hessdiag_task.py:net"] if by == "--task" else []
     text = run("m.pt", *arguments).stdout
@@ -96,7 +91,7 @@ def test_no_user_code_runs(here, by):
     assert ("hessdiag_task.py:task (from hessdiag_task.py of" in text) is (by == "file")
 
 
-def test_wrong_input_raises_the_trees_errors(here):
+def test_wrong_input_raises_the_trees_errors(here, run):
     with pytest.raises(TaskError, match=r"no file gone.py"):
         run("m.pt", "--task", "gone.py")
     with pytest.raises(CheckpointError, match="does not exist"):

@@ -1,22 +1,18 @@
 import json
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
+import sample_runs
 from hessdiag.errors import OptionError, StoreError
 from hessdiag.store import read_run, write_run
 from hessdiag.tables import summary_table
 from hessdiag_cli.show import show
 
-FACTORY = Path(__file__).parents[1] / "hessdiag" / "store" / "runs.py"
-
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "run.h5"
-    write_run(SimpleNamespace(**runpy.run_path(str(FACTORY))).rich_run(), path)
+    write_run(sample_runs.rich_run(), path)
     return path
 
 

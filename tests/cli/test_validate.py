@@ -1,22 +1,18 @@
 import json
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
 
 import h5py
 import pytest
 
+import sample_runs
 from hessdiag.errors import StoreError
 from hessdiag.store import write_run
 from hessdiag_cli.validate import validate
-
-FACTORY = Path(__file__).parents[1] / "hessdiag" / "store" / "runs.py"
 
 
 @pytest.fixture
 def stored(tmp_path):
     path = tmp_path / "run.h5"
-    write_run(SimpleNamespace(**runpy.run_path(str(FACTORY))).small_run(), path)
+    write_run(sample_runs.small_run(), path)
     return path
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
 
 import mpmath as mp
 import numpy as np
@@ -17,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import hessdiag.network
+import quadratics
 from hessdiag import Task, analyze
 from hessdiag.demos import DEMOS
 from hessdiag.errors import InputError, OptionError
@@ -24,9 +23,6 @@ from hessdiag.quantity import Quantity
 from hessdiag.run import HORIZONS
 from hessdiag_probes.errors import Breakdown
 
-quadratics = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).with_name("quadratics.py")), run_name="quadratics")
-)
 DOUBLE = torch.float64
 
 

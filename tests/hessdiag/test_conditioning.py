@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import quadratics
 from hessdiag.conditioning import (
     ExactSpectrum,
     Inertia,
@@ -21,9 +19,6 @@ from hessdiag.conditioning import (
 )
 from hessdiag.quantity import Quantity
 
-quadratics = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).with_name("quadratics.py")), run_name="quadratics")
-)
 EPS = np.finfo(float).eps
 
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
-
 import mpmath as mp
 import numpy as np
 import pytest
 import torch
 
+import quadratics
 from hessdiag.conditioning.forecast import gd_forecast, uniform_forecast
 from hessdiag.quantity import Quantity
 from hessdiag.run import HORIZONS
 
-quadratics = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).with_name("quadratics.py")), run_name="quadratics")
-)
 PARTS = ("positive", "null", "negative", "total")
 SPECTRA = {
     "definite": [0.01, 0.1, 1.0, 3.0],

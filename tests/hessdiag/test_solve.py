@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import mpmath as mp
 import numpy as np
@@ -14,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import quadratics
 from hessdiag.conditioning.bounds import SCALARS
 from hessdiag.quantity import Quantity
 from hessdiag.run import HORIZONS
@@ -26,9 +24,6 @@ from hessdiag.solve import (
     solve_lanczos,
 )
 
-quadratics = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).with_name("quadratics.py")), run_name="quadratics")
-)
 EPS = torch.finfo(torch.float64).eps
 
 

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import runpy
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import h5py
 import pytest
 
+import sample_runs
 from hessdiag.store import write_run
 
 
 @pytest.fixture(scope="session")
-def runs() -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("runs.py"))))
-
-
-@pytest.fixture(scope="session")
-def small_bytes(runs, tmp_path_factory) -> bytes:
+def small_bytes(tmp_path_factory) -> bytes:
     path = tmp_path_factory.mktemp("small") / "run.h5"
-    write_run(runs.small_run(), path)
+    write_run(sample_runs.small_run(), path)
     return path.read_bytes()
 
 

@@ -196,15 +196,16 @@ def test_an_interrupt_leaves_nothing_behind(runs, tmp_path, monkeypatch):
 
 
 LIMITED = """
-import resource, runpy, signal, sys
+import resource, signal, sys
 from pathlib import Path
 from hessdiag.errors import OutOfResources
 from hessdiag.store import write_run
-run = runpy.run_path(sys.argv[1])["rich_run"]()
+import sample_runs
+run = sample_runs.rich_run()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    write_run(run, Path(sys.argv[2]))
+    write_run(run, Path(sys.argv[1]))
 except OutOfResources as error:
     print(error)
 """
@@ -213,7 +214,7 @@ except OutOfResources as error:
 @pytest.mark.skipif(sys.platform != "linux", reason="file-size limits are POSIX")
 def test_a_real_limit_on_the_file_size_is_out_of_resources_and_no_crash(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(Path(__file__).with_name("runs.py")), "run.h5"],
+        [sys.executable, "-c", LIMITED, "run.h5"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,

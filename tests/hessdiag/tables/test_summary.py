@@ -1,7 +1,4 @@
 import re
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from rich.cells import cell_len
@@ -10,11 +7,6 @@ from hessdiag.quantity import Quantity
 from hessdiag.run import BlockResult, VariantResult
 from hessdiag.tables import summary_table, worst_block
 from hessdiag.tables.labels import printable, shortened
-
-
-@pytest.fixture(scope="module")
-def runs():
-    return SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "store" / "runs.py")))
 
 
 @pytest.fixture(scope="module")
