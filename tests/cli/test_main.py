@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -79,7 +78,7 @@ def test_every_command_that_prints_results_has_json(command):
     assert "--json" in options(command)
 
 
-def test_help_takes_under_half_a_second_and_imports_no_heavy_module():
+def test_help_imports_no_heavy_module():
     heavy = ("torch", "scipy", "numpy", "h5py", "pandas", "matplotlib", "hessdiag.analysis")
     source = (
         "import sys\n"
@@ -87,14 +86,9 @@ def test_help_takes_under_half_a_second_and_imports_no_heavy_module():
         "try: main()\n"
         f"finally: print(*[m for m in {heavy} if m in sys.modules], file=sys.stderr)\n"
     )
-    seconds = []
-    for _ in range(3):  # the fastest of three: the machine may be busy
-        started = time.perf_counter()
-        helped = python("-m", "hessdiag_cli", "--help")
-        seconds.append(time.perf_counter() - started)
+    helped = python("-m", "hessdiag_cli", "--help")
     assert (helped.returncode, helped.stderr) == (0, "")
     assert all(command in helped.stdout for command in COMMANDS)
-    assert min(seconds) < 0.5
     for arguments in (["--help"], ["analyze", "--help"]):
         shown = python("-c", source, *arguments)
         assert (shown.returncode, shown.stderr.split()) == (0, [])

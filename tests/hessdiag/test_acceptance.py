@@ -2,22 +2,17 @@
 
 import json
 import math
-import runpy
 from decimal import Decimal, getcontext
 from functools import cache
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import dense_oracle as ORACLE
 from hessdiag import Task, analyze
 
-ORACLE = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).with_name("oracle.py")), run_name="oracle")
-)
 CASES, HORIZONS, holds = ORACLE.CASES, ORACLE.HORIZONS, ORACLE.holds
 
 

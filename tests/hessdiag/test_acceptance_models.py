@@ -2,23 +2,18 @@
 
 import copy
 import json
-import runpy
 from collections import UserDict, namedtuple
 from functools import cache
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import dense_oracle as ORACLE
 from hessdiag import Task, analyze
 from hessdiag.errors import TaskError
 
-ORACLE = SimpleNamespace(
-    **runpy.run_path(str(Path(__file__).with_name("oracle.py")), run_name="oracle")
-)
 TOKENS = "transformer, tied, padded"
 Pair = namedtuple("Pair", "input_ids labels")
 
