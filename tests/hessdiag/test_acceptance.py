@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-import dense_oracle as ORACLE
+import dense_oracle
 from hessdiag import Task, analyze
 
-CASES, HORIZONS, holds = ORACLE.CASES, ORACLE.HORIZONS, ORACLE.holds
+CASES, HORIZONS, holds = dense_oracle.CASES, dense_oracle.HORIZONS, dense_oracle.holds
 
 
 @cache
 def analysed(name):
     """The run, and (JSON, stored arrays, truth) of each block that was analysed."""
-    case = ORACLE.case(name)
+    case = dense_oracle.case(name)
     run = analyze(case.task())
-    return run, ORACLE.against(run, *case.dense())
+    return run, dense_oracle.against(run, *case.dense())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -51,7 +51,7 @@ def test_the_truth_is_inside_every_interval_and_the_value_is_it(name):
             continue
         assert found["kappa"]["status"] == ("exact" if truth.positive.size else None)
         for path, (right, error) in truth.scalars().items():
-            quantity = ORACLE.entry(found, path)
+            quantity = dense_oracle.entry(found, path)
             assert quantity["status"] == "exact", (block, path)
             assert quantity["confidence"] == 1.0
             assert quantity["low"] <= quantity["value"] <= quantity["high"]
@@ -121,7 +121,7 @@ def test_certified_positive_definite_blocks_are_exact_far_below_rounding():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(23, 2, generator=generator, dtype=torch.float64)
     x[:, 1] *= 1e-9
-    run = analyze(Task(nn.Linear(2, 1, bias=False).double(), [(x, x[:, :1])], ORACLE.squares))
+    run = analyze(Task(nn.Linear(2, 1, bias=False).double(), [(x, x[:, :1])], dense_oracle.squares))
     columns = [[Decimal(v) for v in column] for column in x.T.tolist()]
     a, b, c = (
         sum(p * q for p, q in zip(columns[i], columns[j], strict=True)) * 2 / 23
@@ -142,7 +142,7 @@ def test_a_huge_range_does_not_blur_the_large_eigenvalues():
     x = torch.stack([x[:, 0], x[:, 0] + 1e-4 * x[:, 1], 1e-6 * x[:, 2]], dim=1)
     target = torch.ones(23, 1, dtype=torch.float64)
     model = nn.Linear(3, 1, bias=False).double()
-    told = analyze(Task(model, [(x, target)], ORACLE.squares))["weight"].variants["raw"]
+    told = analyze(Task(model, [(x, target)], dense_oracle.squares))["weight"].variants["raw"]
     assert told["kappa"].status == "exact"  # by the relative accuracy of a definite matrix
     assert told["kappa"].value > 1e12
     matrix = 2 / 23 * (x.T @ x).numpy()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import dense_oracle as ORACLE
+import dense_oracle
 from hessdiag import Task, analyze
 from hessdiag.errors import TaskError
 
@@ -20,7 +20,7 @@ Pair = namedtuple("Pair", "input_ids labels")
 
 @cache
 def reference(name):
-    return analyze(ORACLE.case(name).task())
+    return analyze(dense_oracle.case(name).task())
 
 
 def assert_same_spectra(run, other):
@@ -34,25 +34,25 @@ def assert_same_spectra(run, other):
 
 
 def test_a_compiled_model_and_a_checkpoint_saved_from_it_give_the_model_s_numbers(tmp_path):
-    case = ORACLE.case("mlp tanh")
+    case = dense_oracle.case("mlp tanh")
     compiled = torch.compile(case.model)
     run = analyze(case.task(model=compiled, loss=nn.CrossEntropyLoss()))
     assert_same_spectra(run, reference("mlp tanh"))
     torch.save(compiled.state_dict(), tmp_path / "compiled.pt")
-    run = analyze(case.task(model=ORACLE.tanh_net()), checkpoint=tmp_path / "compiled.pt")
+    run = analyze(case.task(model=dense_oracle.tanh_net()), checkpoint=tmp_path / "compiled.pt")
     assert_same_spectra(run, reference("mlp tanh"))
 
 
 def test_a_float32_checkpoint_is_analysed_in_float64(tmp_path):
-    case = ORACLE.case("mlp tanh")
+    case = dense_oracle.case("mlp tanh")
     torch.save(case.model.state_dict(), tmp_path / "model.pt")
-    other = case.task(model=ORACLE.tanh_net().to(torch.bfloat16))
+    other = case.task(model=dense_oracle.tanh_net().to(torch.bfloat16))
     assert_same_spectra(analyze(other, checkpoint=tmp_path / "model.pt"), reference("mlp tanh"))
 
 
 @pytest.mark.parametrize("kind", ["dict", "UserDict", "NamedTuple", "--batch-size 2"])
 def test_every_kind_of_batch_gives_the_same_numbers(kind):
-    case = ORACLE.case(TOKENS)
+    case = dense_oracle.case(TOKENS)
     pack = {
         "dict": lambda tokens, labels: {"input_ids": tokens, "labels": labels},
         "UserDict": lambda tokens, labels: UserDict(input_ids=tokens, labels=labels),
@@ -98,12 +98,12 @@ def test_a_trained_demo_on_1000_digits_does_not_depend_on_the_batches(name, bloc
 
 @pytest.mark.parametrize("name", ["mlp relu", TOKENS])
 def test_gauss_newton_is_the_mean_of_j_lambda_j(name):
-    case = ORACLE.case(name)
+    case = dense_oracle.case(name)
     model = copy.deepcopy(case.model).double()
     parameters = list(model.parameters())
     matrix = 0.0
     for inputs, targets in case.batches:
-        outputs = model(ORACLE.widened(inputs))
+        outputs = model(dense_oracle.widened(inputs))
         outputs = outputs.reshape(-1, outputs.shape[-1])[targets.reshape(-1) != -100]
         for z in outputs:
             rows = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in z]
@@ -113,7 +113,7 @@ def test_gauss_newton_is_the_mean_of_j_lambda_j(name):
     value, gradient, _, index = case.dense()
     run = analyze(case.task(), curvature="ggn")
     assert run.to_dict()["curvature"] == "ggn"
-    found = ORACLE.against(run, value, gradient, matrix.numpy(), index)
+    found = dense_oracle.against(run, value, gradient, matrix.numpy(), index)
     for row, arrays, truth in found.values():
         assert np.abs(arrays.spectrum["eigenvalue"] - truth.values).max() <= 1e-9 * truth.norm
         assert row["n_negative"]["value"] == 0
@@ -143,8 +143,8 @@ SIZES = {"scale": 4, "first": 24, "second": 16, "unused": 8, "last": 12, "whole"
 
 def odd_case():
     torch.manual_seed(2)
-    batches = ORACLE.ragged(torch.randn(23, 5), torch.randint(0, 3, (23,)))
-    return ORACLE.Case(Odd(), batches, ORACLE.entropy, [9, 9, 5])
+    batches = dense_oracle.ragged(torch.randn(23, 5), torch.randint(0, 3, (23,)))
+    return dense_oracle.Case(Odd(), batches, dense_oracle.entropy, [9, 9, 5])
 
 
 def test_unused_frozen_and_tied_parameters_are_reported_and_the_rest_is_right():
@@ -154,7 +154,7 @@ def test_unused_frozen_and_tied_parameters_are_reported_and_the_rest_is_right():
     assert "frozen" in reasons.pop("frozen")
     assert "second.weight" in reasons.pop("again")
     assert set(reasons.values()) == {None}
-    found = ORACLE.against(run, *case.dense())
+    found = dense_oracle.against(run, *case.dense())
     assert {name: row["size"] for name, (row, _, _) in found.items()} == SIZES
     unused = found.pop("unused")[0]
     assert (unused["kappa"]["status"], unused["kappa"]["value"]) == ("zero", None)
@@ -171,7 +171,7 @@ def test_weight_decay_moves_the_spectrum_rows_and_gradient_but_neither_loss_nor_
     trained = [p.detach().double().flatten() for p in case.model.parameters() if p.requires_grad]
     gradient = gradient + decay * torch.cat(trained).numpy()
     run = analyze(case.task(), weight_decay=decay)
-    found = ORACLE.against(run, value, gradient, matrix + decay * np.eye(len(matrix)), index)
+    found = dense_oracle.against(run, value, gradient, matrix + decay * np.eye(len(matrix)), index)
     assert [row["inactive"] for row, _, _ in found.values()] == [0, 0, 0, 8, 0, 8]
     for row, arrays, truth in found.values():
         assert row["loss"] == pytest.approx(value, rel=1e-12)
@@ -179,13 +179,15 @@ def test_weight_decay_moves_the_spectrum_rows_and_gradient_but_neither_loss_nor_
         assert np.abs(arrays.spectrum["eigenvalue"] - truth.values).max() <= 1e-9 * truth.norm
         assert arrays.rows["norm"] == pytest.approx(np.linalg.norm(truth.matrix, axis=1), rel=1e-9)
         for horizon, (positive, *_) in truth.forecasts():
-            assert ORACLE.holds(row["forecast"][horizon]["positive"], positive, 1e-7 * positive)
+            assert dense_oracle.holds(
+                row["forecast"][horizon]["positive"], positive, 1e-7 * positive
+            )
 
 
 def test_damping_gives_the_absolute_damped_condition_number():
-    case = ORACLE.case("mlp tanh")
+    case = dense_oracle.case("mlp tanh")
     run = analyze(case.task(), damping=0.01)
-    for row, _, truth in ORACLE.against(run, *case.dense()).values():
+    for row, _, truth in dense_oracle.against(run, *case.dense()).values():
         sizes = np.abs(truth.values)
         right = (sizes.max() + 0.01) / (sizes.min() + 0.01)
         assert row["kappa_damped"]["value"] == pytest.approx(right, rel=1e-9)
@@ -208,15 +210,15 @@ def test_a_linear_loss_has_a_zero_hessian_and_no_condition_number(options):
 @pytest.mark.parametrize("steps", [3, 8, 40])
 @pytest.mark.parametrize("name", ["mlp tanh", "indefinite, 1e12", "singular"])
 def test_above_the_exact_limit_every_bound_holds_and_nothing_is_claimed_exact(name, steps):
-    case = ORACLE.case(name)
+    case = dense_oracle.case(name)
     run = analyze(case.task(), exact_limit=0, steps=steps)
-    for row, arrays, truth in ORACLE.against(run, *case.dense()).values():
+    for row, arrays, truth in dense_oracle.against(run, *case.dense()).values():
         assert row["method"] == "lanczos"
         assert row["products"] <= steps
         for path, (right, error) in truth.scalars().items():
-            quantity = ORACLE.entry(row, path)
+            quantity = dense_oracle.entry(row, path)
             assert quantity["status"] in {"lower-bound", "upper-bound", "interval", "unresolved"}
-            assert ORACLE.holds(quantity, right, error), path
+            assert dense_oracle.holds(quantity, right, error), path
         ritz, bound = (arrays.spectrum[key] for key in ("ritz_value", "ritz_bound"))
         distance = np.abs(ritz[:, None] - truth.values[None]).min(axis=1)
         assert (distance <= bound + truth.slack).all()
@@ -231,7 +233,7 @@ class Borrowed:
         self.model[3].bias.requires_grad_(requires_grad=False)
         self.model[2].eval()
         self.batch = torch.randn(12, 5), torch.randint(0, 3, (12,))
-        ORACLE.entropy(self.model, self.batch).backward()
+        dense_oracle.entropy(self.model, self.batch).backward()
         self.tensors = {
             name: (tensor, tensor.data_ptr(), tensor.detach().clone())
             for name, tensor in self.every()
@@ -263,7 +265,7 @@ class Borrowed:
 
 def test_the_model_is_bit_for_bit_what_it_was():
     borrowed = Borrowed()
-    analyze(Task(borrowed.model, [borrowed.batch], ORACLE.entropy, mode="train"))
+    analyze(Task(borrowed.model, [borrowed.batch], dense_oracle.entropy, mode="train"))
     borrowed.assert_untouched()
 
 
@@ -275,7 +277,7 @@ def test_the_model_is_bit_for_bit_what_it_was_also_after_an_exception(error):
         calls.append(torch.rand(1))  # draws from the global generator, too
         if len(calls) > 8:
             raise error("the user's loss broke")
-        return ORACLE.entropy(model, batch)
+        return dense_oracle.entropy(model, batch)
 
     with pytest.raises((TaskError, KeyboardInterrupt)):
         analyze(Task(borrowed.model, [borrowed.batch], loss, mode="train"))
