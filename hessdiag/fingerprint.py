@@ -63,7 +63,7 @@ def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: Path)
         raise StoreError(
             f"{path} holds another analysis: {', '.join(differing)} "
             f"{'differs' if len(differing) == 1 else 'differ'}; "
-            "write to another file with -o, or overwrite it with --force"
+            "write to another file with -o, or overwrite it with --force (force=True)"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ THRESHOLDS = tuple(f"1e-{k:02d}" for k in range(1, 13))
 HORIZONS = ("1", "10", "100", "1000")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class VariantResult:
     """What was found for one block under one variant.
 
@@ -42,16 +43,26 @@ class VariantResult:
     rows: Mapping[str, Array] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
+        if name not in self.values:
+            near = get_close_matches(name, list(self.values), n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise KeyError(f"no field {name!r}{hint}")
         return self.values[name]
 
+    def __repr__(self) -> str:
+        return f"<VariantResult {self.values.get('method')}, {self.values.get('size')} parameters>"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class BlockResult:
     """One row of the table: a group of parameters and its variants."""
 
     name: str
     parameters: tuple[str, ...]
     variants: Mapping[str, VariantResult]
+
+    def __repr__(self) -> str:
+        return f"<BlockResult {self.name!r}, {', '.join(self.variants)}>"
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,7 @@ class Provenance:
     warnings: list[str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """The result of one ``analyze``; what is in the HDF5 file, and nothing else."""
 
@@ -79,6 +90,15 @@ class Run:
             if candidate.name == block:
                 return candidate
         raise KeyError(f"no block {block!r}; there are {[b.name for b in self.blocks]}")
+
+    def __repr__(self) -> str:
+        task = self.provenance.config.get("task")
+        return f"<Run {task!r}, {len(self.blocks)} blocks, {', '.join(self.variants)}>"
+
+    def __str__(self) -> str:
+        from hessdiag.tables import summary_table
+
+        return summary_table(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document of ``analyze --json`` as plain dictionaries and lists."""

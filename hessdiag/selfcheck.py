@@ -128,7 +128,8 @@ def run_selfchecks(
             f"the gradient is not the derivative of the loss: they differ by {slope.value:.1e} "
             f"relative (limit {slope.limit:.0e}), so parts of the loss are hidden from it "
             "(reentrant activation checkpointing, detach(), a custom autograd.Function, a hook "
-            "that changes gradients?)" + _blame(casts)
+            "that changes gradients?); take it out of the loss that is analysed "
+            "(checkpointing: use_reentrant=False)" + _blame(casts)
         )
     symmetry = _symmetry(subject)
     if not symmetry.passed:

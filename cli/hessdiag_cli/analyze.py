@@ -16,9 +16,12 @@ EXIT_PARTIAL = 4
 
 def analyze(
     checkpoint: Annotated[Path, Argument(metavar="CKPT", help="Checkpoint to analyse.")],
-    task: Annotated[str | None, Option(help="FILE.py[:NAME], pkg.mod[:NAME] or demo:NAME.")] = None,
+    task: Annotated[
+        str | None, Option(metavar="TASK", help="FILE.py[:NAME], pkg.mod[:NAME] or demo:NAME.")
+    ] = None,
     task_arg: Annotated[
-        list[str] | None, Option(help="key=value for the task function; may be repeated.")
+        list[str] | None,
+        Option(metavar="KEY=VALUE", help="key=value for the task function; may be repeated."),
     ] = None,
     output: Annotated[
         Path | None, Option("--output", "-o", help="Run file; default <stem>.h5 here.")
@@ -27,26 +30,34 @@ def analyze(
         bool, Option("--trust", help="Load a pickled module, which runs its code.")
     ] = False,
     force: Annotated[bool, Option("--force", help="Overwrite another run at the output.")] = False,
-    variants: Annotated[str, Option(help="Comma-separated views of the problem.")] = "raw",
+    variants: Annotated[
+        str, Option(help="Views of the problem, comma-separated; this release knows raw.")
+    ] = "raw",
     blocks: Annotated[
         str, Option(help="layer, parameter, whole, GLOB or NAME=GLOB, comma-separated.")
     ] = "layer",
-    curvature: Annotated[str, Option(help="hessian or ggn (Gauss–Newton).")] = "hessian",
+    curvature: Annotated[
+        str, Option(metavar="hessian|ggn", help="hessian or ggn (Gauss–Newton).")
+    ] = "hessian",
     exact_limit: Annotated[
         int | None,
-        Option(help="Largest block solved exactly [default: 4096, on CUDA 16384; 0: never]."),
+        Option(help="Largest block solved exactly (default: 4096, on CUDA 16384; 0: never)."),
     ] = None,
     steps: Annotated[int, Option(help="Most Lanczos steps for a larger block.")] = 40,
-    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, Option(help="float64 or float32.")] = "float64",
+    device: Annotated[str, Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str, Option(metavar="float64|float32", help="float64 or float32.")
+    ] = "float64",
     seed: Annotated[int, Option(help="Of random vectors and of the drawn subset.")] = 0,
     batch_size: Annotated[int | None, Option(help="Cut the data into batches of N rows.")] = None,
     max_examples: Annotated[int | None, Option(help="Analyse N rows, drawn with the seed.")] = None,
     weight_decay: Annotated[float, Option(help="λ added to the Hessian's diagonal.")] = 0.0,
     damping: Annotated[float | None, Option(help="Absolute μ of kappa_damped.")] = None,
-    engine: Annotated[str, Option(help="auto, kept or recompute.")] = "auto",
+    engine: Annotated[
+        str, Option(metavar="auto|kept|recompute", help="auto, kept or recompute.")
+    ] = "auto",
     memory_budget: Annotated[
-        str | None, Option(help="For kept graphs, such as 8G [default: half of what is free].")
+        str | None, Option(help="For kept graphs, such as 8G (default: half of what is free).")
     ] = None,
     json: Json = False,
     quiet: Quiet = False,

@@ -17,7 +17,10 @@ WIDTH_OFF_TERMINAL = 100
 
 
 def width() -> int:
-    """Columns to lay a table out in: the terminal's, or 100 where there is none."""
+    """Columns to lay a table out in: ``COLUMNS``, else the terminal's, else 100."""
+    asked = os.environ.get("COLUMNS", "")
+    if asked.isdigit():
+        return max(60, int(asked))
     if not sys.stdout.isatty():
         return WIDTH_OFF_TERMINAL
     try:

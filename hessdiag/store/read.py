@@ -28,6 +28,8 @@ from hessdiag.store.schema import (
 )
 from hessdiag.store.seal import check_seal
 
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+
 
 def is_run(path: str | Path) -> bool:
     """Whether ``path`` is a readable HDF5 file that calls itself a run, of whatever version."""
@@ -66,10 +68,20 @@ def run_file(path: str | Path) -> Iterator[h5py.File]:
     except MemoryError as error:
         raise OutOfResources(f"not enough memory to read {path}") from error
     except Exception as error:
+        if not _signed(path):
+            raise StoreError(
+                f"{path} is not a run file (it has no HDF5 signature). Is it a checkpoint? Then: "
+                f"hessdiag analyze {path.name}"
+            ) from error
         raise StoreError(
             f"{path} is not a hessdiag run, or it is damaged ({error}); "
             f"restore it from a copy, or analyse the checkpoint again"
         ) from error
+
+
+def _signed(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(SIGNATURE)) == SIGNATURE
 
 
 def _check_version(path: Path, file: h5py.File) -> None:

@@ -108,8 +108,16 @@ SUMMARY: tuple[Field, ...] = (
     _count("n_negative", "eigenvalues below minus the zero tolerance"),
     _count("n_zero", "eigenvalues within the zero tolerance"),
     _plain("ambiguous", "bool", "eigenvalues lie near the zero tolerance"),
-    _plain("margin_above", "float", "smallest absolute eigenvalue above the tolerance, over it"),
-    _plain("margin_below", "float", "largest absolute eigenvalue below the tolerance, over it"),
+    _plain(
+        "margin_above",
+        "float",
+        "smallest absolute eigenvalue of the row-scaled matrix above its tolerance, over it",
+    ),
+    _plain(
+        "margin_below",
+        "float",
+        "largest absolute eigenvalue of the row-scaled matrix below its tolerance, over it",
+    ),
     _quantity("trace", LOSS, "sum of the eigenvalues"),
     _quantity("frobenius", LOSS, "Frobenius norm"),
     _quantity("stable_rank", NONE, "squared Frobenius norm over squared 2-norm"),

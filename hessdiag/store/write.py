@@ -98,7 +98,8 @@ def check_target(path: str | Path, *, force: bool) -> None:
         )
     if not force:
         raise StoreError(
-            f"{path} exists; replace it with --force, or choose another name with -o/--output"
+            f"{path} exists; replace it with --force (force=True), or choose another name "
+            f"with -o/--output"
         )
 
 

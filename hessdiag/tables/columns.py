@@ -55,6 +55,7 @@ COLUMNS = (
         ("κ at the", "median λ"),
         lambda r, digits: certified(r["kappa_quantile"][HEADLINE], digits),
     ),
+    Column("damped", ("", "κ_damp"), lambda r, digits: certified(r["kappa_damped"], digits)),
     Column("lambda_max", ("", "λ_max"), lambda r, digits: certified(r["lambda_max"], digits)),
     Column("lambda_min", ("", "λ_min"), lambda r, digits: certified(r["lambda_min"], digits)),
     Column("n_negative", ("λ < 0", "count"), lambda r, _: marked(r["n_negative"], whole), "yellow"),
@@ -63,7 +64,7 @@ COLUMNS = (
     Column(
         "forecast",
         ("forecast", f"T = {FORECAST}"),
-        lambda r, digits: certified(r["forecast_total"][FORECAST], digits),
+        lambda r, digits: certified(r["forecast_positive"][FORECAST], digits),
     ),
 )
 LAYOUTS: tuple[tuple[int, tuple[str, ...]], ...] = (
@@ -100,11 +101,15 @@ def _shape(column: Column, marks: Iterable[Mark]) -> Shape:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What of the table fits: columns with their cells by block, and the width of the names."""
+    """What of the table fits: columns with their cells by block, and the width of the names.
+
+    ``dropped`` names the columns that were left out for want of room.
+    """
 
     columns: tuple[tuple[Column, Shape, dict[str, Mark]], ...]
     labels: dict[str, str]
     name_width: int
+    dropped: tuple[str, ...] = ()
 
     @property
     def width(self) -> int:
@@ -117,7 +122,11 @@ def layout(run: Run, done: Mapping[str, VariantResult], width: int) -> Layout:
     names = [block.name for block in run.blocks]
     plain = [printable(name) for name in names]
     longest = max(map(cell_len, ("block", *plain)))
-    idle = () if any(result["inactive"] for result in done.values()) else ("inactive",)
+    idle = []
+    if not any(result["inactive"] for result in done.values()):
+        idle.append("inactive")
+    if all(result["kappa_damped"].status is None for result in done.values()):
+        idle.append("damped")
     fitting = []
     for digits, dropped in LAYOUTS:
         columns = []
@@ -128,7 +137,8 @@ def layout(run: Run, done: Mapping[str, VariantResult], width: int) -> Layout:
         room = width - sum(len(GAP) + shape.total for _, shape, _ in columns)
         name_width = min(longest, max(room, SHORTEST_NAME))
         labels = shortened(plain, name_width)
-        found = Layout(tuple(columns), dict(zip(names, labels, strict=True)), name_width)
+        named = dict(zip(names, labels, strict=True))
+        found = Layout(tuple(columns), named, name_width, dropped)
         if room >= min(longest, NAME_WIDTH):
             if len(set(labels)) == len(set(plain)):
                 return found

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from hessdiag.quantity import Quantity
 from hessdiag.run import BlockResult, Run, VariantResult
-from hessdiag.tables.columns import GAP, HEADLINE, Layout, aligned, layout
+from hessdiag.tables.columns import COLUMNS, GAP, HEADLINE, Layout, aligned, layout
 from hessdiag.tables.labels import printable, shortened
 from hessdiag.tables.marks import MEANINGS, certified
 
@@ -21,6 +21,15 @@ TIED = "\N{NO-BREAK SPACE}"
 LONGEST_NAME = 100
 NAMES_SHOWN = 4
 NOTES_SHOWN = 6
+TERMS = {
+    "kappa": "κ = λ_max / smallest λ > 0",
+    "kappa_median": "at the median λ: λ_max / median λ > 0",
+    "inactive": "inactive: zero rows of H",
+    "mass": "mass: share of Σ|λ|",
+    "gradient": "‖g‖: gradient norm",
+    "forecast": "forecast: loss that 100 steps of gradient descent gain where λ > 0",
+}
+"""What the legend says of each column that needs a word."""
 
 
 def summary_table(run: Run, *, variant: str = "raw", width: int = 100, color: bool = False) -> str:
@@ -79,6 +88,9 @@ def _title(run: Run, variant: str, done: Mapping[str, VariantResult]) -> str:
         results[0]["dtype"] if results else None,
         config.get("device"),
         f"loss {losses[-1]:.4g}" if losses else None,
+        "train mode" if config.get("mode") == "train" else None,
+        f"weight decay {config['weight_decay']:g}" if config.get("weight_decay") else None,
+        f"{config['max_examples']} examples" if config.get("max_examples") else None,
     ]
     return " · ".join(printable(str(part)) for part in parts if part)
 
@@ -128,7 +140,17 @@ def _worst_sentence(done: Mapping[str, VariantResult]) -> str:
     result = done[worst]
     median = _phrase("κ at its median positive eigenvalue", result["kappa_quantile"][HEADLINE])
     name = shortened([printable(worst)], LONGEST_NAME)[0]
-    return f"The worst block is {name}: {median}, {_phrase('κ', result['kappa'])}."
+    sentence = f"The worst block is {name}: {median}, {_phrase('κ', result['kappa'])}."
+    bounded = [
+        printable(other)
+        for other, row in done.items()
+        if other not in {worst, WHOLE} and row["kappa_quantile"][HEADLINE].status == "unresolved"
+    ]
+    if bounded:
+        some = ", ".join(shortened(bounded[:NAMES_SHOWN], LONGEST_NAME))
+        rest = f" and {len(bounded) - NAMES_SHOWN} more" if len(bounded) > NAMES_SHOWN else ""
+        sentence += f" {some}{rest}: known by bounds only, and may be worse."
+    return sentence
 
 
 def _phrase(subject: str, quantity: Quantity) -> str:
@@ -146,7 +168,14 @@ def _legend(fitted: Layout) -> str:
     parts = [f"{kind}{TIED}{meaning}" for kind, meaning in MEANINGS.items() if kind in kinds]
     if any("!" in mark.tail for mark in marks):
         parts.append("! eigenvalues at the zero tolerance: κ depends on it")
-    return " · ".join(["κ = λ_max / smallest λ > 0", *parts])
+    shown = {column.key for column, _, _ in fitted.columns}
+    terms = [term for key, term in TERMS.items() if key in shown]
+    missing = [
+        " ".join(column.header).strip() for column in COLUMNS if column.key in fitted.dropped
+    ]
+    if missing:
+        terms.append(f"left out for width: {', '.join(missing)}".replace(" ", TIED))
+    return " · ".join([*terms, *parts])
 
 
 def _remarks(run: Run, results: Mapping[str, VariantResult], width: int) -> list[Text]:
@@ -160,6 +189,12 @@ def _remarks(run: Run, results: Mapping[str, VariantResult], width: int) -> list
         shown = ", ".join(shortened(names[:NAMES_SHOWN], LONGEST_NAME))
         rest = len(names) - NAMES_SHOWN
         remarks.append(f"{shown}{f' and {rest} more' if rest > 0 else ''}: {note}")
+    halves = [result["half_ratio"].value for result in results.values()]
+    ratios = [max(ratio, 1 / ratio) for ratio in halves if ratio]
+    if ratios:
+        remarks.append(
+            f"subset: between its halves λ_max differs by a factor of up to {max(ratios):.2f}"
+        )
     left = len(remarks) - NOTES_SHOWN
     if left > 0:
         remarks[NOTES_SHOWN:] = [f"{left} more notes: hessdiag show RUN --json"]

@@ -20,6 +20,12 @@ def invoke(command: Callable[..., Any], *arguments: str) -> Result:
     return result
 
 
+@pytest.fixture(autouse=True)
+def no_asked_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runner's own terminal width is not the user's."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture
 def call() -> Callable[..., Result]:
     """``call(command, *arguments)``."""

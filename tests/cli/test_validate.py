@@ -63,6 +63,6 @@ def test_problems_as_json_are_one_document(stored, capsys):
 
 def test_a_foreign_file_is_a_store_error(tmp_path, capsys):
     (tmp_path / "x.h5").write_text("x")
-    with pytest.raises(StoreError, match="not a hessdiag run"):
+    with pytest.raises(StoreError, match="not a run file"):
         validate(tmp_path / "x.h5")
     assert capsys.readouterr().out == ""

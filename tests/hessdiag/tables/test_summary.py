@@ -55,8 +55,10 @@ def test_the_table_of_a_small_run(runs):
         "\n"
         "The worst block is 0: κ at its median positive eigenvalue = 2.00e+00,\n"
         "κ = 8.31e+07.\n"
-        "κ = λ_max / smallest λ > 0 · = exact · ≥ lower bound · ! eigenvalues at the zero\n"
-        "tolerance: κ depends on it\n"
+        "κ = λ_max / smallest λ > 0 · at the median λ: λ_max / median λ > 0 · inactive:\n"
+        "zero rows of H · mass: share of Σ|λ| ·\n"
+        "left out for width: λ_min, ‖g‖, forecast T = 100 · = exact · ≥ lower bound · !\n"
+        "eigenvalues at the zero tolerance: κ depends on it\n"
         "\n"
         "- Warning: demo text, not your data\n"
     )
@@ -78,9 +80,9 @@ def test_layers_stay_apart_when_their_names_are_cut(width, many):
 
 def test_a_wider_terminal_shows_more(runs):
     narrow, middle, wide = (table(runs, block(runs, "0"), width=w) for w in (70, 100, 160))
-    assert "λ_min" not in narrow
-    assert "λ_min" in middle
-    assert "forecast" in wide
+    assert "left out for width: λ_min," in narrow
+    assert "left out for width: forecast" in middle
+    assert "left out" not in wide
     assert "= 4.000e+00" in wide
 
 
@@ -137,6 +139,14 @@ def test_the_worst_block_has_the_largest_kappa_at_the_median(runs):
     assert worst_block({"whole": results["whole"]}) is None
     zero = result(Quantity.zero(), Quantity.zero())
     assert worst_block({"zero": zero}) is None
+
+
+def test_blocks_with_bounds_only_may_be_worse_and_the_sentence_says_so(runs):
+    bound = {"kappa": Quantity.lower_bound(3.0), "kappa_quantile": Quantity.unresolved()}
+    unclear = {**bound, "kappa_quantile": dict.fromkeys(("0.5", "0.9"), Quantity.unresolved())}
+    text = table(runs, block(runs, "a"), block(runs, "b", **unclear))
+    assert "The worst block is a:" in text
+    assert "b: known by bounds only, and may be worse." in " ".join(text.split())
 
 
 def test_the_sentence_names_the_worst_block_in_full(runs):
