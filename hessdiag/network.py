@@ -85,6 +85,8 @@ class Network:
             self.report(Event(block.name, index, count, products, products))
             return self._certified(solved), products
         found = assemble(watched, block.size, dtype=dtype, device=device)
+        # The dense solve needs the memory that the kept graphs hold.
+        del engine, watched
         if block.name == WHOLE:
             self.matrix = found.matrix
             self.slices = self._slices(block)

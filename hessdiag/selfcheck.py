@@ -128,7 +128,8 @@ def run_selfchecks(
             f"the gradient is not the derivative of the loss: they differ by {slope.value:.1e} "
             f"relative (limit {slope.limit:.0e}), so parts of the loss are hidden from it "
             "(reentrant activation checkpointing, detach(), a custom autograd.Function, a hook "
-            "that changes gradients?); take it out of the loss that is analysed "
+            "that changes gradients?), or rounding drowns it (the loss is "
+            f"{objective.value():.1e}); take it out of the loss that is analysed "
             "(checkpointing: use_reentrant=False)" + _blame(casts)
         )
     symmetry = _symmetry(subject)
@@ -256,10 +257,12 @@ def _symmetry(subject: _Subject, parameters: Sequence[nn.Parameter] | None = Non
         v = subject.vector(f"{pair} v", parameters)
         cu, cv = product(u), product(v)
         scale = float(cv.norm() * u.norm() + cu.norm() * v.norm())
-        if scale <= 2 * NOISE_FACTOR * float(noise(v).norm() * u.norm()):
+        wrong = float(noise(v).norm() * u.norm())
+        if scale <= 2 * NOISE_FACTOR * wrong:
             note = "the matrix is zero or rounding noise"
             continue
-        worst = max(worst, abs(float(u @ cv - v @ cu)) / scale)
+        rounding = NOISE_FACTOR * wrong
+        worst = max(worst, max(abs(float(u @ cv - v @ cu)) - rounding, 0.0) / scale)
     return Check(worst, limit, worst < limit, note)
 
 
@@ -346,9 +349,11 @@ def _off_the_kink(subject: _Subject, check: Callable[[_Subject], Check]) -> Chec
 
 
 def _asymmetry_message(subject: _Subject, check: Check) -> str:
+    loss = subject.objective.value()
     message = (
         f"the {_matrix(subject.curvature)} product is not symmetric: |u·Cv − v·Cu| is "
-        f"{check.value:.1e} relative (limit {check.limit:.0e}), so it is no second derivative"
+        f"{check.value:.1e} relative (limit {check.limit:.0e}), so it is no second derivative "
+        f"(or rounding drowns it: the loss is {loss:.1e})"
     )
     culprits = []
     for name, parameters in layers_of(subject.objective, subject.parameters):

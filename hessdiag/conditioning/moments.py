@@ -27,6 +27,11 @@ def counts(inertia: Inertia, size: int) -> dict[str, Value]:
     }
 
 
+def _over(top: float, bottom: float) -> float:
+    """An upper end: infinite where errors leave nothing of the denominator."""
+    return top / bottom if bottom > 0 else math.inf
+
+
 def moments(spectrum: ExactSpectrum, eps: float) -> dict[str, Value]:
     """Trace, Frobenius norm and stable rank, by sums over the matrix rather than eigenvalues."""
     size = spectrum.value.size
@@ -37,14 +42,14 @@ def moments(spectrum: ExactSpectrum, eps: float) -> dict[str, Value]:
     frobenius = spectrum.frobenius
     frobenius_error = 2 * size * eps * frobenius + noise
     norm, norm_error = spectrum.norm, spectrum.norm_error
-    low = max(frobenius - frobenius_error, 0.0) ** 2 / (norm + norm_error) ** 2
-    high = ((frobenius + frobenius_error) / max(norm - norm_error, 1e-300)) ** 2
+    low = _over(max(frobenius - frobenius_error, 0.0), norm + norm_error)
+    high = min(_over(frobenius + frobenius_error, norm - norm_error), math.sqrt(size))
     return {
         "trace": Quantity.exact(trace, trace - trace_error, trace + trace_error),
         "frobenius": Quantity.exact(
             frobenius, max(frobenius - frobenius_error, 0.0), frobenius + frobenius_error
         ),
-        "stable_rank": Quantity.exact((frobenius / norm) ** 2, low, high),
+        "stable_rank": Quantity.exact((frobenius / norm) ** 2, low**2, high**2),
     }
 
 
@@ -68,12 +73,12 @@ def negative(spectrum: ExactSpectrum) -> dict[str, Value]:
         "negative_mass": Quantity.exact(
             mass / total,
             max(mass - mass_error, 0.0) / (total + total_error),
-            min((mass + mass_error + unseen) / max(total - total_error, 1e-300), 1.0),
+            min(_over(mass + mass_error + unseen, total - total_error), 1.0),
         ),
         "negative_depth": Quantity.exact(
             depth / norm,
             max(depth - depth_error, 0.0) / (norm + norm_error),
-            min((depth + depth_error) / max(norm - norm_error, 1e-300), 1.0),
+            min(_over(depth + depth_error, norm - norm_error), 1.0),
         ),
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from hessdiag.curvature.engines import BUILD, Recompute
 from hessdiag.curvature.objective import Objective, only
@@ -17,47 +17,110 @@ from hessdiag.names import clean_name
 from hessdiag.options import Curvature
 from hessdiag_probes.types import Vector
 
-# Bits that the rounding throws away: float64 keeps float32's 24; float32 keeps 14.
-DROPPED_BITS = {torch.float64: 29, torch.float32: 10}
 _INTEGER = {torch.float64: torch.int64, torch.float32: torch.int32}
+_TINY = torch.finfo(torch.float32).tiny
 
 
 class Rounded(TorchDispatchMode):
-    """Rounds the result of every operation to fewer bits: arithmetic in a narrower type.
+    """Rounds the result of every operation in ``dtype`` to fewer bits: narrower arithmetic.
 
-    Unlike a second copy of the model in float32, it does not round the problem itself
-    (parameters, data), cannot overflow, and works when the user's closure holds tensors.
+    With ``kernels`` an operation on float64 also runs in float32, so that what cancels inside it
+    (``1 - p`` in the backward of log_softmax, the mean in a layer norm) is seen, too. Where
+    float32 over- or underflows, the rounded float64 result stands in. Unlike a second copy of the
+    model in float32, this works when the user's closure holds tensors.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dropped: int, dtype: torch.dtype, *, kernels: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.dropped = dropped
+        self.dtype = dtype
+        self.kernels = kernels
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        narrow = self._in_float32(func, args, kwargs) if self.kernels else None
+        result = func(*args, **kwargs)
         returns = func._schema.returns
-        results = result if isinstance(result, (tuple, list)) else (result,)
-        if len(returns) == len(results):
-            for declared, tensor in zip(returns, results, strict=True):
+        results = _listed(result)
+        others = _listed(narrow) if narrow is not None else [None] * len(results)
+        if len(returns) == len(results) == len(others):
+            for declared, tensor, other in zip(returns, results, others, strict=True):
                 # A view shares its base's numbers, which were rounded when they were made.
-                if declared.alias_info is None or declared.alias_info.is_write:
-                    _round(tensor)
+                new = declared.alias_info is None or declared.alias_info.is_write
+                if new and isinstance(tensor, Tensor) and tensor.dtype == self.dtype:
+                    _round(tensor, self.dropped, other)
         return result
 
+    def _in_float32(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        schema = func._schema
+        aliased = any(part.alias_info is not None for part in (*schema.arguments, *schema.returns))
+        if aliased or torch.Tag.nondeterministic_seeded in func.tags:
+            return None
+        if not any(_is_double(leaf) for leaf in tree_leaves((args, kwargs))):
+            return None
 
-def _round(tensor: Any) -> None:
-    if not isinstance(tensor, Tensor) or tensor.dtype not in DROPPED_BITS:
-        return
+        def narrowed(leaf: Any) -> Any:
+            if leaf is torch.float64:
+                return torch.float32
+            return leaf.float() if _is_double(leaf) else leaf
+
+        try:
+            return func(*tree_map(narrowed, args), **tree_map(narrowed, kwargs))
+        except RuntimeError:  # an operation that float32 tensors do not have
+            return None
+
+
+def _listed(result: Any) -> list[Any]:
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def _is_double(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dtype == torch.float64
+
+
+def _round(tensor: Tensor, dropped: int, narrow: Any) -> None:
+    """Round in place, or take the float32 result where its range holds the number."""
     if tensor.layout != torch.strided or tensor.numel() == 0:
         return
-    dropped = DROPPED_BITS[tensor.dtype]
     bits = tensor.detach().view(_INTEGER[tensor.dtype])
     # Half a unit is added in the magnitude bits, so this rounds to nearest, ties away; the
     # exponent takes the carry, and infinities are left alone.
     finite = torch.isfinite(tensor)
     rounded = (bits + (1 << (dropped - 1))) & ~((1 << dropped) - 1)
-    bits.copy_(torch.where(finite, rounded, bits))
+    rounded = torch.where(finite, rounded, bits)
+    if isinstance(narrow, Tensor) and narrow.shape == tensor.shape:
+        wide = narrow.to(tensor.dtype)
+        size = tensor.detach().abs()
+        held = finite & torch.isfinite(wide) & ((size >= _TINY) | (size == 0))
+        rounded = torch.where(held, wide.contiguous().view(rounded.dtype), rounded)
+    bits.copy_(rounded)
+
+
+def _arithmetics(dtype: torch.dtype) -> tuple[Rounded, ...]:
+    """The narrower arithmetics that errors are measured with.
+
+    One is float32 itself. The other drops ten bits only: cancellation finer than float32's 24
+    bits leaves nothing there, and would look like no error at all.
+    """
+    ten = Rounded(10, dtype)
+    return (Rounded(29, dtype, kernels=True), ten) if dtype == torch.float64 else (ten,)
+
+
+def _errors(evaluate: Callable[[], Tensor], dtype: torch.dtype, *, narrow: bool) -> Tensor:
+    """The error of ``evaluate()`` in the working precision, entry by entry the largest seen.
+
+    With ``narrow`` the model itself computes in a narrower type: errors are not scaled down.
+    """
+    fine = evaluate()
+    worst = torch.zeros_like(fine)
+    for arithmetic in _arithmetics(dtype):
+        with arithmetic:
+            coarse = evaluate()
+        error = (coarse - fine) * (1.0 if narrow else 2.0**-arithmetic.dropped)
+        worst = torch.where(error.abs() > worst.abs(), error, worst)
+    return worst
 
 
 def noise_of(
@@ -67,7 +130,7 @@ def noise_of(
     *,
     narrow: bool = False,
 ) -> Callable[[Vector], Vector]:
-    """``v -> (C v as rounded) - (C v)``, scaled to the working precision: the error of a product.
+    """``v -> (C v in narrower arithmetic) - (C v)``, scaled to the working precision.
 
     Args:
         objective: On loan.
@@ -75,17 +138,14 @@ def noise_of(
         curvature: Whose products.
         narrow: The model itself casts to a narrower type, so its errors are not scaled down.
     Cost:
-        Two recomputed products per call.
+        Three recomputed products per call, one of them with every operation done twice.
     Source:
-        maths 0.6, with the float32 evaluation simulated by :class:`Rounded`.
+        maths 0.6; see :class:`Rounded`.
     """
     engine = Recompute(objective, parameters, BUILD[curvature])
-    ratio = 1.0 if narrow else 2.0 ** -DROPPED_BITS[parameters[0].dtype]
 
     def error(vector: Vector) -> Vector:
-        with Rounded():
-            coarse = engine(vector)
-        return (coarse - engine(vector)) * ratio
+        return _errors(lambda: engine(vector), parameters[0].dtype, narrow=narrow)
 
     return error
 
@@ -96,26 +156,23 @@ def gradient_noise(
     """The same for the gradient, flattened.
 
     Cost:
-        Two gradients.
+        Three gradients.
     """
-    ratio = 1.0 if narrow else 2.0 ** -DROPPED_BITS[parameters[0].dtype]
-    with Rounded():
-        coarse = objective.gradient(parameters)
-    return (coarse - objective.gradient(parameters)) * ratio
+    dtype = parameters[0].dtype
+    return _errors(lambda: objective.gradient(parameters), dtype, narrow=narrow)
 
 
 def loss_noise(objective: Objective, *, narrow: bool = False) -> float:
     """A bound on the error of the loss by rounding.
 
     Cost:
-        Two losses.
+        Four losses.
     """
-    dtype = next(p.dtype for p in objective.model.parameters() if p.dtype in DROPPED_BITS)
-    with Rounded():
-        coarse = objective.value()
-    exact = objective.value()
-    ratio = 1.0 if narrow else 2.0 ** -DROPPED_BITS[dtype]
-    return 10 * (abs(coarse - exact) * ratio + torch.finfo(dtype).eps * abs(exact))
+    dtype = next(p.dtype for p in objective.model.parameters() if p.dtype in _INTEGER)
+    error = _errors(
+        lambda: torch.tensor(objective.value(), dtype=torch.float64), dtype, narrow=narrow
+    )
+    return 10 * (abs(float(error)) + torch.finfo(dtype).eps * abs(objective.value()))
 
 
 class CastWatcher(TorchDispatchMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from hessdiag.solve.problem import (
     Problem,
     Solved,
     common_fields,
+    drowned_fields,
     zero_fields,
 )
 from hessdiag_probes.exact import eigh, eigvalsh, equilibrate, positive_spectrum
@@ -32,6 +34,7 @@ from hessdiag_probes.types import Vector
 
 HUGE_RANGE = 1e4  # λ_min below this many τ: solve a positive definite block relatively
 SMALL_STEP = 1e-2  # a gradient step of more than this share of |p| is no stationary point
+DOUBT_FACTOR = 10.0  # a zeroed row above this many times its noise may be real
 STORED_VECTORS = 2  # at either end
 
 
@@ -46,17 +49,20 @@ def solve_exact(matrix: Tensor, problem: Problem) -> Solved:
     Source:
         maths 1.1–1.5; huge range by 1.6 (iv).
     """
-    matrix, inactive = _without_noise(matrix, problem.noise)
+    matrix, inactive, doubt = _without_noise(matrix, problem.noise)
     matrix.diagonal().add_(problem.weight_decay)
     norms = matrix.norm(dim=1)
     values = common_fields(problem, int(inactive.sum()), "exact")
     if not bool((norms > 0).any()):
+        if bool((doubt > 0).any()):
+            return Solved(values | drowned_fields(problem), {}, _rows(matrix, problem, doubt))
         nothing = {"eigenvalue": np.zeros(len(norms))}
-        return Solved(values | zero_fields(problem, len(norms)), nothing, _rows(matrix, problem))
+        fields = zero_fields(problem, len(norms))
+        return Solved(values | fields, nothing, _rows(matrix, problem, doubt))
     live = norms > 0
     active = matrix[live][:, live]
     spectrum, vector = _decompose(active, live, problem)
-    full, order = _with_zeros(spectrum, matrix)
+    full, order = _with_zeros(_doubted(spectrum, doubt), matrix, float(doubt.norm()))
     gradient = problem.full_gradient.to(vector)
     coefficient = torch.cat([vector.T @ gradient[live], gradient[~live]])[order]
     values |= exact_quantities(full, eps=problem.eps, damping=problem.damping)
@@ -75,11 +81,15 @@ def solve_exact(matrix: Tensor, problem: Problem) -> Solved:
     values["gd_rate_applies"] = _rate_applies(full, problem)
     values["notes"] = _notes(full)
     arrays = {"eigenvalue": full.value} | _extremes(full, vector, live)
-    return Solved(values, arrays, _rows(matrix, problem))
+    return Solved(values, arrays, _rows(matrix, problem, doubt))
 
 
-def _without_noise(matrix: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
-    """The matrix with its noise rows and columns zeroed, and which they are."""
+def _without_noise(matrix: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Vector]:
+    """The matrix with its noise rows and columns zeroed, which they are, and what that may cost.
+
+    A row of some hundred times its own noise is zeroed though it may be real: its norm is the
+    doubt of that row, (n,); 0 for all others.
+    """
     norms = matrix.norm(dim=1)
     inactive = norms <= ROW_FACTOR * noise.rows.to(norms)
     if float(norms.norm()) <= ROW_FACTOR * noise.block * math.sqrt(len(norms)):
@@ -87,7 +97,28 @@ def _without_noise(matrix: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
     clean = matrix.clone()
     clean[inactive] = 0.0
     clean[:, inactive] = 0.0
-    return clean, inactive
+    real = inactive & (norms > DOUBT_FACTOR * noise.rows.to(norms).clamp_min(noise.block))
+    return clean, inactive, torch.where(real, norms, torch.zeros_like(norms))
+
+
+def _doubted(spectrum: ExactSpectrum, doubt: Vector) -> ExactSpectrum:
+    """The spectrum with what the doubtful rows may add, by Weyl's theorem."""
+    count = int((doubt > 0).sum())
+    if count == 0:
+        return spectrum
+    reach = math.sqrt(2) * float(doubt.norm())
+    inertia = replace(
+        spectrum.inertia,
+        positive_high=spectrum.inertia.positive_high + count,
+        negative_high=spectrum.inertia.negative_high + count,
+        ambiguous=True,
+    )
+    return replace(
+        spectrum,
+        error=spectrum.error + reach,
+        inertia=inertia,
+        noise=max(spectrum.noise, reach),
+    )
 
 
 def _decompose(active: Tensor, live: Tensor, problem: Problem) -> tuple[ExactSpectrum, Tensor]:
@@ -148,11 +179,13 @@ def _scaled_noise(problem: Problem, live: Tensor, scale: Vector, purpose: str) -
     return float((scale.to(like) * problem.noise.error(probe)[mask]).norm())
 
 
-def _with_zeros(active: ExactSpectrum, matrix: Tensor) -> tuple[ExactSpectrum, Tensor]:
+def _with_zeros(
+    active: ExactSpectrum, matrix: Tensor, doubt: float
+) -> tuple[ExactSpectrum, Tensor]:
     """The spectrum with the zero rows' eigenvalues, ascending, and the order that sorts it."""
     missing = matrix.shape[0] - active.value.size
     value = np.concatenate([active.value, np.zeros(missing)])
-    error = np.concatenate([active.error, np.zeros(missing)])
+    error = np.concatenate([active.error, np.full(missing, math.sqrt(2) * doubt)])
     order = np.argsort(value, kind="stable")
     full = ExactSpectrum(
         value=value[order],
@@ -202,10 +235,10 @@ def _extremes(spectrum: ExactSpectrum, vector: Tensor, live: Tensor) -> dict[str
     return {"vector": embedded.cpu().numpy(), "vector_value": alive[chosen]}
 
 
-def _rows(matrix: Tensor, problem: Problem) -> dict[str, Array]:
+def _rows(matrix: Tensor, problem: Problem, doubt: Vector) -> dict[str, Array]:
     """Row norms and diagonal, weight decay included, with their rounding bounds."""
     norm, diagonal = matrix.norm(dim=1), matrix.diagonal()
-    slack = 10 * problem.noise.rows.to(norm) + 4 * len(norm) ** 0.5 * problem.eps * norm
+    slack = doubt + 10 * problem.noise.rows.to(norm) + 4 * len(norm) ** 0.5 * problem.eps * norm
     return {
         name: tensor.cpu().numpy().copy()
         for name, tensor in {

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hessdiag.conditioning.bounds import absent_quantities, zero_quantities
+from hessdiag.conditioning.bounds import absent_quantities, unresolved_quantities, zero_quantities
 from hessdiag.conditioning.forecast import uniform_forecast
 from hessdiag.quantity import Quantity
 from hessdiag.run import Value
@@ -136,6 +136,19 @@ def zero_fields(problem: Problem, size: int) -> dict[str, Value]:
         | uniform_forecast(zero)
         | {"gd_rate": zero, "gd_iterations_per_decade": zero, "gd_rate_applies": False}
         | {"notes": ["the matrix is zero: the loss is linear in this block, or does not use it"]}
+    )
+
+
+def drowned_fields(problem: Problem) -> dict[str, Value]:
+    """The fields of a block whose every row is within a thousand times its rounding error."""
+    unresolved = Quantity.unresolved()
+    damped = unresolved if problem.damping is not None else Quantity.absent()
+    return (
+        unresolved_quantities()
+        | uniform_forecast(unresolved)
+        | {"gd_rate": unresolved, "gd_iterations_per_decade": unresolved, "gd_rate_applies": None}
+        | {"kappa_damped": damped, "ambiguous": True}
+        | {"notes": ["every row is drowned in rounding: it may be zero, or small and real"]}
     )
 
 

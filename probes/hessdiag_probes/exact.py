@@ -261,7 +261,7 @@ def _jacobi(factor: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     if info != 0 or work[0] != work[1]:
         return None
     with np.errstate(over="ignore", under="ignore"):
-        return np.square(singular[::-1]), np.ascontiguousarray(vector[:, ::-1])
+        return np.square(singular[::-1]), np.array(vector[:, ::-1])
 
 
 def _row_exponents(matrix: Tensor) -> Tensor:

@@ -26,14 +26,28 @@ def casts(networks, model, loss=None, data=None, dtype=torch.float64):
 def test_rounding_is_that_of_float32():
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     values = torch.cat([values, -values, values * 1e-30, torch.zeros(2, dtype=torch.float64)])
-    with Rounded():
+    with Rounded(29, torch.float64):
         rounded = values * 1
     assert torch.equal(rounded, values.float().double())
 
 
+def test_what_cancels_inside_a_kernel_is_seen():
+    # The backward of log_softmax computes 1 - p, here 1e-6, which float32 knows to 5 %.
+    logits = torch.tensor([[0.0, -13.8]], dtype=torch.float64, requires_grad=True)
+
+    def slope():
+        return torch.autograd.grad(-logits.log_softmax(1)[0, 0], logits)[0][0, 0].detach()
+
+    fine = slope()
+    with Rounded(29, torch.float64):
+        assert abs(slope() - fine) < 1e-6 * abs(fine)
+    with Rounded(29, torch.float64, kernels=True):
+        assert abs(slope() - fine) > 1e-3 * abs(fine)
+
+
 def test_infinities_and_integers_stay():
     values = torch.tensor([torch.inf, -torch.inf, 1.7e308], dtype=torch.float64)
-    with Rounded():
+    with Rounded(29, torch.float64):
         assert torch.equal((values * 1)[:2], values[:2])
         assert torch.equal(torch.arange(3) + 2**40, torch.arange(3) + 2**40)
         assert torch.isnan(values * torch.nan).all()
@@ -43,7 +57,7 @@ def test_infinities_and_integers_stay():
 
 def test_rounding_ends_with_its_context():
     x = torch.full((1,), 1 / 3, dtype=torch.float64)
-    with Rounded():
+    with Rounded(29, torch.float64):
         assert float(x * 1) != 1 / 3
     assert float(x * 1) == 1 / 3
     assert float(x) == 1 / 3
@@ -90,7 +104,7 @@ def test_gradient_and_loss_have_noise_of_their_own(networks):
         noise = gradient_noise(objective, parameters)
         assert 0.01 * EPS < float(noise.norm() / gradient.norm()) < 100 * EPS
         narrow = gradient_noise(objective, parameters, narrow=True)
-        assert float(narrow.norm()) == pytest.approx(float(noise.norm()) * 2**29)
+        assert float(narrow.norm()) > float(noise.norm()) * 2**20
         assert EPS < loss_noise(objective) / objective.value() < 1e3 * EPS
 
 

@@ -119,7 +119,9 @@ def test_foreign_hdf5_is_named_as_such(tmp_path):
 def test_foreign_bytes_are_one_store_error(content, tmp_path):
     path = tmp_path / "x.h5"
     path.write_bytes(content)
-    with pytest.raises(StoreError, match=r"not a run file \(it has no|not a hessdiag run, or it is"):
+    with pytest.raises(
+        StoreError, match=r"not a run file \(it has no|not a hessdiag run, or it is"
+    ):
         read_run(path)
     assert not is_run(path)
 
