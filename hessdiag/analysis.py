@@ -19,7 +19,7 @@ from hessdiag.checkpoint.optimizer import OptimizerState, map_optimizer
 from hessdiag.curvature.loan import bare, exact_arithmetic, loan
 from hessdiag.curvature.objective import Objective
 from hessdiag.data import halves, load_batches
-from hessdiag.errors import HessdiagError, InputError, OptionError
+from hessdiag.errors import HessdiagError, InputError, OptionError, is_out_of_memory
 from hessdiag.fingerprint import check_same, hash_tensors, make_fingerprint
 from hessdiag.names import clean_name
 from hessdiag.network import Network
@@ -33,6 +33,9 @@ from hessdiag.solve import skipped_fields
 from hessdiag.store.read import is_run, read_run
 from hessdiag.store.write import check_target
 from hessdiag.task import Task, as_loss, units
+
+# What a block may die of without taking the others along.
+FAILURES = (HessdiagError, ArithmeticError, ValueError, RuntimeError, MemoryError)
 
 
 def _silent(_event: Event) -> None:
@@ -139,7 +142,7 @@ class Analysis:
                 self.task, weights, batches, optimizer, loss, device.type, options
             )
             stored = _stored_run(output, fingerprint, force=force)
-            if stored is not None and not stored.provenance.environment["failed"]:
+            if stored is not None and not stored.provenance.environment.get("failed"):
                 self.reprinted = True
                 return stored
             # The same analysis with blocks that failed is not complete: it is done again.
@@ -246,13 +249,17 @@ class Analysis:
             return VariantResult(skipped_fields() | fixed)
         try:
             solved, products = network.solve(block, index, count, self.engines)
-            fixed["half_ratio"] = network.half_ratio(block, solved)
-        except (HessdiagError, ArithmeticError, ValueError, RuntimeError, MemoryError) as error:
+        except FAILURES as error:
             self.failed.append(block.name)
             reason = " ".join(f"failed: {type(error).__name__}: {error}".split())
-            if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            if is_out_of_memory(error):
                 reason = "failed: out of memory; lower --exact-limit or --memory-budget"
             return VariantResult(skipped_fields() | fixed | {"skipped": reason})
+        try:
+            fixed["half_ratio"] = network.half_ratio(block, solved)
+        except FAILURES as error:
+            fixed["half_ratio"] = Quantity.unresolved()
+            self.warnings.append(f"half_ratio of {block.name} failed: {error}")
         fixed["products"] = products
         fixed["seconds"] = time.perf_counter() - started
         return VariantResult(fixed | solved.values, solved.spectrum, solved.rows)
@@ -274,6 +281,8 @@ def pick_device(name: str) -> torch.device:
     """The device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and len(name) > len("cuda:") + 4:
+        raise InputError(f"device {name} is not there; use --device cpu")
     if name.startswith("cuda"):
         have = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if torch.device(name).index not in (None, *range(have)) or have == 0:

@@ -43,6 +43,8 @@ class _Parameters:
     def block(self, name: str, names: Sequence[str]) -> Block:
         """The block of all ``names``; skipped where none of them can be analysed."""
         canonical = list(dict.fromkeys(self.first[n] for n in names))
+        if name == WHOLE and set(canonical) != set(self.size):
+            name = f"layer {WHOLE}"  # the network's own row has that name
         active = tuple(n for n in self.size if n in canonical and n not in self.frozen)
         size = sum(self.size[n] for n in active)
         if active and size == 0:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from hessdiag.errors import InputError, TaskError
+from hessdiag.errors import HessdiagError, InputError, TaskError, is_out_of_memory
 from hessdiag_probes.random import generator
 
 
@@ -147,18 +147,18 @@ def load_batches(
         TaskError: The data are empty, spent, or differ between two passes.
         InputError: The batches cannot be cut into rows as asked.
     """
-    first = [copy_batch(batch) for batch in data]
+    first = [copy_batch(batch) for batch in _read(data)]
     if not first:
         raise TaskError("the task's data hold no batch; give an iterable of at least one batch")
     hashes = [row_hashes(batch) for batch in first]
-    again = [row_hashes(batch) for batch in data]
+    again = [row_hashes(batch) for batch in _read(data)]
     notices = _compare_passes(hashes, again, max_examples is not None, order_matters)
     rows = sum(row_count(batch) for batch in first)
     if max_examples is not None and max_examples < rows:
         first = _subset(first, max_examples, seed)
     if batch_size is not None:
         first = list(_cut(join(first), batch_size))
-    counted = [float(units(batch)) for batch in first]
+    counted = [_counted(units, batch) for batch in first]
     kept = [(batch, count) for batch, count in zip(first, counted, strict=True) if count > 0]
     if not kept:
         raise TaskError("no batch holds a single counted unit (all targets are ignored)")
@@ -175,6 +175,33 @@ def load_batches(
         digest=_digest(final),
         notices=tuple(notices),
     )
+
+
+def _counted(units: Callable[[Any], float], batch: Any) -> float:
+    try:
+        return float(units(batch))
+    except HessdiagError:
+        raise
+    except Exception as error:
+        raise TaskError(
+            f"counting the units of a batch raised {type(error).__name__}: {error}; "
+            "mend the task's batch_size, or the batch's targets"
+        ) from error
+
+
+def _read(data: Iterable[Any]) -> Iterator[Any]:
+    """The batches; what the user's data raise becomes one error that says so."""
+    try:
+        yield from data
+    except HessdiagError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise TaskError(
+            f"reading the task's data raised {type(error).__name__}: {error}; "
+            "iterate over it once outside of hessdiag to find the batch"
+        ) from error
 
 
 def copy_batch(batch: Any) -> Any:

@@ -49,3 +49,13 @@ class MissingExtra(InputError):
 
 class OutOfResources(HessdiagError):
     """Memory or disk ran out; finished work is kept where there is any."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out: on the CPU torch says so in words only."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+        or "not enough memory" in str(error)
+    )

@@ -181,6 +181,6 @@ class Network:
             )
             run = lanczos(engine, start, min(HALF_STEPS, block.size))
             tops.append(float(run.ritz().value[-1]) + self.options.weight_decay)
-        if tops[1] == 0:
+        if min(tops) <= 0:
             return Quantity.unresolved()
         return Quantity.estimate(tops[0] / tops[1])

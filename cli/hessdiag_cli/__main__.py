@@ -8,7 +8,7 @@ import signal
 import sys
 from types import FrameType
 
-from hessdiag.errors import HessdiagError, InputError, OutOfResources
+from hessdiag.errors import HessdiagError, InputError, OutOfResources, is_out_of_memory
 from hessdiag_cli import console
 
 EXIT_USAGE = 2
@@ -18,12 +18,15 @@ EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
 
+class Terminated(BaseException):
+    """SIGTERM came; nothing on the way out may take it for an ordinary error."""
+
+
 def exit_code(error: BaseException) -> int:
     """The contract's exit code for an error."""
     if isinstance(error, InputError):
         return EXIT_USAGE
-    # torch's own out-of-memory error by name: importing torch here would slow every command.
-    if isinstance(error, (OutOfResources, MemoryError)) or _name(error) == "OutOfMemoryError":
+    if isinstance(error, OutOfResources) or is_out_of_memory(error):
         return EXIT_RESOURCES
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED
@@ -34,7 +37,7 @@ def main() -> None:
     """Run the command line; never shows a traceback unless ``--debug`` asks for it."""
 
     def terminate(_signal: int, _frame: FrameType | None) -> None:
-        raise SystemExit(EXIT_TERMINATED)
+        raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
     for stream in (sys.stdout, sys.stderr):
@@ -49,6 +52,8 @@ def main() -> None:
         # The reader of stdout is gone (`| head`); there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+    except Terminated:
+        raise SystemExit(EXIT_TERMINATED) from None
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in sys.argv:
             raise

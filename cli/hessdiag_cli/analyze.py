@@ -108,10 +108,10 @@ def analyze(
     for warning in run.provenance.warnings:
         console.notice(f"notice: {warning}", quiet=quiet)
     if verbose:
-        console.notice(f"engines: {run.provenance.environment['engine']}", quiet=quiet)
+        console.notice(f"engines: {run.provenance.environment.get('engine')}", quiet=quiet)
     console.emit(
         run.to_json() if json else summary_table(run, width=console.width(), color=console.color())
     )
     console.notice(f"stored in {path}", quiet=quiet)
-    if run.provenance.environment["failed"]:
+    if run.provenance.environment.get("failed"):
         raise typer.Exit(EXIT_PARTIAL)

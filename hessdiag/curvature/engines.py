@@ -17,7 +17,7 @@ from hessdiag.curvature.ggn import ggn_product
 from hessdiag.curvature.hessian import BatchProduct, hessian_product
 from hessdiag.curvature.objective import Objective, flatten, only, unflatten, zeros
 from hessdiag.data import leaves
-from hessdiag.errors import SelfCheckFailed, TaskError
+from hessdiag.errors import HessdiagError, SelfCheckFailed, is_out_of_memory
 from hessdiag.options import Curvature, EngineName
 from hessdiag_probes.types import Vector
 
@@ -91,22 +91,24 @@ def _guarded(
 ) -> BatchProduct | None:
     try:
         return build(objective, batch, parameters)
-    except (TaskError, torch.OutOfMemoryError):
+    except HessdiagError:
         raise
-    except RuntimeError as error:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise SelfCheckFailed(_no_second_derivative(error)) from error
 
 
 def _run(product: BatchProduct, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
     try:
         return product(pieces)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise SelfCheckFailed(_no_second_derivative(error)) from error
 
 
-def _no_second_derivative(error: RuntimeError) -> str:
+def _no_second_derivative(error: Exception) -> str:
     return (
         f"the loss cannot be differentiated twice: {error}\n"
         "Replace the operation that has no double backward by plain torch operations (an eager "

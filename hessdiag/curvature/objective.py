@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hessdiag.data import Batches
-from hessdiag.errors import InputError, TaskError
+from hessdiag.errors import InputError, TaskError, is_out_of_memory
 from hessdiag_probes.types import Vector
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -41,9 +41,11 @@ class Objective:
         """
         try:
             value = self.loss(self.model, batch)
-        except (TaskError, torch.OutOfMemoryError):
+        except TaskError:
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise TaskError(_why_loss_failed(error)) from error
         if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
             found = (

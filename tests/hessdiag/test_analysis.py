@@ -18,7 +18,7 @@ import hessdiag.network
 import quadratics
 from hessdiag import Task, analyze
 from hessdiag.demos import DEMOS
-from hessdiag.errors import InputError, OptionError
+from hessdiag.errors import InputError, OptionError, TaskError
 from hessdiag.quantity import Quantity
 from hessdiag.run import HORIZONS
 from hessdiag_probes.errors import Breakdown
@@ -539,3 +539,54 @@ def test_weights_that_are_no_numbers_are_refused_by_name(tanh_task, broken):
 def test_only_a_task_can_be_analysed():
     with pytest.raises(OptionError, match=r"hessdiag\.Task"):
         analyze(nn.Linear(2, 2))
+
+
+def test_a_well_fitted_classifier_has_no_spurious_eigenvalue():
+    # 1 - p is 1e-7 here: what float64 loses inside the softmax is noise, not curvature.
+    x = normal(40, 3)
+    y = (x[:, 0] > 0).long()
+    x[:, 0] = x[:, 0].sign() * (1 + 0.1 * x[:, 0].abs())
+    model = seeded(lambda: nn.Linear(3, 2)).double()
+    with torch.no_grad():
+        model.weight.mul_(0.1)
+        model.weight[:, 0] = torch.tensor([-7.5, 7.5], dtype=DOUBLE)
+    run = analyze(Task(model, [(x, y)], nn.CrossEntropyLoss()), blocks=["w=weight", "b=bias"])
+    for name, positive in (("w", 3), ("b", 1)):
+        found = raw(run, name)
+        assert found["n_positive"].value == positive
+        assert found["n_negative"].value == 0
+    assert raw(run, "b")["kappa"].value == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_layer_called_whole_is_told_from_the_whole_network():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.whole = nn.Linear(6, 4)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, inputs):
+            return self.head(torch.tanh(self.whole(inputs)))
+
+    run = analyze(Task(seeded(Net), [(normal(20, 6), classes(3, 20))], nn.CrossEntropyLoss()))
+    assert [block.name for block in run.blocks] == ["layer whole", "head", "whole"]
+    assert [raw(run, block.name)["size"] for block in run.blocks] == [28, 15, 43]
+
+
+def test_what_the_users_data_raise_is_one_task_error():
+    class Broken:
+        def __iter__(self):
+            yield normal(4, 6), classes(3, 4)
+            raise KeyError("row 5")
+
+    task = Task(nn.Linear(6, 3), Broken(), nn.CrossEntropyLoss())
+    with pytest.raises(TaskError, match="reading the task's data raised KeyError"):
+        analyze(task)
+    pairs = [(normal(4, 6), classes(3, 4))]
+    task = Task(nn.Linear(6, 3), pairs, nn.CrossEntropyLoss(), batch_size=len_of_none)
+    with pytest.raises(TaskError, match="counting the units of a batch raised TypeError"):
+        analyze(task)
+
+
+def len_of_none(_batch):
+    return len(None)
