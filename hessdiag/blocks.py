@@ -67,7 +67,7 @@ def find_blocks(model: nn.Module, specification: Sequence[str]) -> list[Block]:
             "the model has no trainable parameter; nothing has curvature to analyse "
             "(set requires_grad=True on those that should)"
         )
-    layers = _layers(model, known)
+    layers = _layers(known)
     found: list[Block] = []
     whole = False
     for item in specification:
@@ -107,7 +107,7 @@ def _look(model: nn.Module) -> _Parameters:
     return _Parameters(first, size, frozenset(frozen))
 
 
-def _layers(model: nn.Module, known: _Parameters) -> list[Block]:
+def _layers(known: _Parameters) -> list[Block]:
     """A block per module that owns parameters; the root's own stand for themselves."""
     owned: dict[str, list[str]] = {}
     for name in known.first:

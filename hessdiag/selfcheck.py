@@ -310,11 +310,11 @@ def _jacobian_difference(subject: _Subject, limit: float, steps: Sequence[float]
     unit = sign / sign.norm() * subject.length
 
     def outputs() -> Vector | None:
-        with only(subject.objective.model, parameters):
+        with only(parameters):
             found = split(subject.objective, batch, parameters).outputs
         return flatten(found) if found else None
 
-    with only(subject.objective.model, parameters):
+    with only(parameters):
         parts = split(subject.objective, batch, parameters)
         if not parts.outputs:
             return Check(0.0, limit, True, "no output depends on the parameters")

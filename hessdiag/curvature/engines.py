@@ -51,7 +51,7 @@ class Recompute:
         """``C v`` over the dataset."""
         total = zeros(self.parameters)
         pieces = unflatten(vector, self.parameters)
-        with only(self.objective.model, self.parameters):
+        with only(self.parameters):
             for batch, share in self.objective:
                 product = _guarded(self.build, self.objective, batch, self.parameters)
                 if product is not None:
@@ -67,10 +67,9 @@ class Kept:
     def __init__(
         self, objective: Objective, parameters: Sequence[nn.Parameter], build: BuildProduct
     ) -> None:
-        self.model = objective.model
         self.parameters = parameters
         self.products: list[tuple[BatchProduct, float]] = []
-        with only(objective.model, parameters):
+        with only(parameters):
             for batch, share in objective:
                 product = _guarded(build, objective, batch, parameters)
                 if product is not None:
@@ -80,7 +79,7 @@ class Kept:
         """``C v`` over the dataset."""
         total = zeros(self.parameters)
         pieces = unflatten(vector, self.parameters)
-        with only(self.model, self.parameters):
+        with only(self.parameters):
             for product, share in self.products:
                 total += share * flatten(_run(product, pieces))
         return total
@@ -150,7 +149,7 @@ def graph_bytes(
     sizes = [sum(t.numel() for t in leaves(batch)) for batch, _ in objective]
     largest = max(range(len(sizes)), key=sizes.__getitem__)
     batch = objective.batches.items[largest]
-    with only(objective.model, parameters), _saved_bytes() as storages:
+    with only(parameters), _saved_bytes() as storages:
         product = _guarded(build, objective, batch, parameters)
     model = objective.model
     there = {

@@ -78,7 +78,7 @@ class Objective:
     def gradient(self, parameters: Sequence[nn.Parameter]) -> Vector:
         """The gradient over the dataset, flattened in the order of ``parameters``."""
         total = zeros(parameters)
-        with only(self.model, parameters):
+        with only(parameters):
             for batch, share in self:
                 loss = self.evaluate(batch)
                 if loss.requires_grad:
@@ -105,7 +105,7 @@ def _why_loss_failed(error: Exception) -> str:
 
 
 @contextmanager
-def only(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def only(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Require gradients of these parameters alone: the graph then leaves out all others."""
     try:
         for parameter in parameters:

@@ -241,7 +241,7 @@ def hidden_casts(objective: Objective, parameters: Sequence[nn.Parameter]) -> di
     """
     watcher = CastWatcher(wide=parameters[0].dtype)
     batch = objective.batches.items[0]
-    with only(objective.model, parameters), watcher, watcher.following(objective.model):
+    with only(parameters), watcher, watcher.following(objective.model):
         loss = objective.evaluate(batch)
         # The backward of a widening cast narrows: news only where the forward showed nothing.
         if loss.requires_grad and not watcher.found:

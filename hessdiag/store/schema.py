@@ -82,7 +82,7 @@ def _plain(name: str, kind: Kind, long_name: str, units: str = NONE) -> Field:
 
 SUMMARY: tuple[Field, ...] = (
     _plain("size", "int", "trainable parameters of the block"),
-    _plain("inactive", "int", "parameters whose Hessian row is exactly zero"),
+    _plain("inactive", "int", "parameters whose Hessian row is zero, or rounding noise"),
     _nullable("skipped", "text", "why the block was not analysed under this variant"),
     _plain("same_function", "bool", "the variant computes the function of the original"),
     _plain("loss", "float", "loss at the analysed parameters", LOSS),

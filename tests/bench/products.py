@@ -77,11 +77,11 @@ def main() -> None:
                 "kept": Kept(objective, parameters, BUILD["hessian"]),
                 "recompute": Recompute(objective, parameters, BUILD["hessian"]),
             }
-            with only(model, parameters):
+            with only(parameters):
                 cases["pyhessian"] = pyhessian_product(model, list(batches.items))
             for engine, product in cases.items():
                 # Our engines switch gradients on and off themselves; PyHessian leaves that to us.
-                with only(model, parameters) if engine == "pyhessian" else nullcontext():
+                with only(parameters) if engine == "pyhessian" else nullcontext():
                     seconds = best(lambda f=product, v=vector: f(v))
                     error = float((product(vector) - reference).norm() / reference.norm())
                 row = {

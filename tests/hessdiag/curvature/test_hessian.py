@@ -160,7 +160,7 @@ def test_class_weights_weigh_the_batches_as_torch_does(networks):
 def test_parameters_are_constants_outside_their_block(networks):
     case = networks.make("tanh")
     with networks.lent(case.task) as (_, named):
-        with only(None, [named["0.weight"]]):
+        with only([named["0.weight"]]):
             assert [n for n, p in named.items() if p.requires_grad] == ["0.weight"]
         assert not any(p.requires_grad for p in named.values())
 
