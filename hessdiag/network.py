@@ -14,6 +14,7 @@ from hessdiag.conditioning.bounds import never_exact
 from hessdiag.curvature.engines import Engine, make_engine
 from hessdiag.curvature.objective import Objective, flatten
 from hessdiag.curvature.precision import gradient_noise, noise_of
+from hessdiag.errors import InputError
 from hessdiag.names import named_parameters
 from hessdiag.options import EXACT_LIMIT, Options
 from hessdiag.progress import Event, Report
@@ -26,6 +27,7 @@ from hessdiag_probes.random import generator, sphere
 from hessdiag_probes.types import Matvec, Vector
 
 HALF_STEPS = 20
+SQUARES = (1e-140, 1e140)  # numbers whose squares, and sums of them, float64 holds
 REPORT_EVERY = 0.1  # seconds
 
 
@@ -113,6 +115,12 @@ class Network:
             name=block.name,
             gradient=10 * float(wrong.norm()),
         )
+        peak = float(noise.seen.max())
+        if peak > 0 and not SQUARES[0] < peak < SQUARES[1]:
+            raise InputError(
+                f"the Hessian's entries are near {peak:.0e}, whose squares leave the range of "
+                "float64; multiply the loss by a constant that brings them near 1"
+            )
         narrow = self.narrow or gradient.dtype == torch.float32
         return Problem(
             name=block.name,

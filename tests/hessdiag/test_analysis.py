@@ -590,3 +590,12 @@ def test_what_the_users_data_raise_is_one_task_error():
 
 def len_of_none(_batch):
     return len(None)
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1e-300, 1e160])
+@pytest.mark.parametrize("exact_limit", [None, 0])
+def test_a_loss_whose_squares_leave_float64_is_refused_and_never_called_zero(scale, exact_limit):
+    matrix = scale * torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=DOUBLE))
+    run = analyze(quadratics.quadratic_task(matrix), exact_limit=exact_limit)
+    for block in run.blocks:
+        assert "multiply the loss by a constant" in raw(run, block.name)["skipped"]
