@@ -14,6 +14,7 @@ from hessdiag.errors import OptionError
 Curvature = Literal["hessian", "ggn"]
 EngineName = Literal["auto", "kept", "recompute"]
 DType = Literal["float64", "float32"]
+Eigensolver = Literal["lanczos", "power"]
 
 VARIANTS = ("raw",)
 EXACT_LIMIT = {"cpu": 4096, "cuda": 16384}
@@ -30,7 +31,16 @@ class Options:
         curvature: ``hessian``, or ``ggn`` for the Gauss–Newton matrix.
         exact_limit: Largest block that is assembled and solved; None takes 4096 on the CPU and
             16384 on CUDA; 0 means never.
-        steps: Most Lanczos steps for a block above the limit.
+        steps: Most products that the ends of the spectrum of a larger block may take.
+        probes: Random probes of a larger block, for its trace, diagonal, row and Frobenius norms;
+            0 leaves them unresolved.
+        density: Estimate the spectral density of larger blocks too, by stochastic Lanczos
+            quadrature: kappa_quantile, counts and profile.
+        tolerance: Certified width of the intervals of λ_max and λ_min, relative to ‖H‖, at which
+            the search for them ends.
+        eigensolver: ``lanczos``, or ``power``, which needs two vectors of memory instead of
+            ``steps``; it also stands in where the Krylov basis does not fit ``memory_budget``.
+        max_seconds: Ends early with what is certified by then; None takes the time it takes.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: Of parameters, data and products.
         seed: Of every random vector and of the drawn subset.
@@ -39,8 +49,8 @@ class Options:
         weight_decay: λ on the Hessian's diagonal and λp in the gradient, as in torch.
         damping: μ of ``kappa_damped``, absolute; None leaves it out.
         engine: How a product is computed; ``auto`` keeps the graph where memory allows.
-        memory_budget: Bytes (or text such as ``8G``) for kept graphs; None takes half of what
-            is free.
+        memory_budget: Bytes (or text such as ``8G``) for kept graphs, and as much for a Krylov
+            basis; None takes half of what is free.
     """
 
     variants: tuple[str, ...] = ("raw",)
@@ -48,6 +58,11 @@ class Options:
     curvature: Curvature = "hessian"
     exact_limit: int | None = None
     steps: int = 40
+    probes: int = 20
+    density: bool = False
+    tolerance: float = 1e-3
+    eigensolver: Eigensolver = "lanczos"
+    max_seconds: float | None = None
     device: str = "auto"
     dtype: DType = "float64"
     seed: int = 0
@@ -118,6 +133,7 @@ def _check_choices(options: Options) -> None:
         ("curvature", get_args(Curvature)),
         ("dtype", get_args(DType)),
         ("engine", get_args(EngineName)),
+        ("eigensolver", get_args(Eigensolver)),
     )
     for name, allowed in choices:
         value = getattr(options, name)
@@ -128,15 +144,23 @@ def _check_choices(options: Options) -> None:
 
 
 def _check_numbers(options: Options) -> None:
-    whole = (("exact_limit", 0), ("steps", 1), ("batch_size", 1), ("max_examples", 1), ("seed", 0))
+    whole = (
+        *(("exact_limit", 0), ("steps", 1), ("batch_size", 1), ("max_examples", 1), ("seed", 0)),
+        ("probes", 0),
+    )
     for name, least in whole:
         value = getattr(options, name)
-        if value is None and name not in ("steps", "seed"):
+        if value is None and name not in ("steps", "seed", "probes"):
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise OptionError(f"{name} is {value!r}; it must be a whole number >= {least}")
-    for name, value in (("weight_decay", options.weight_decay), ("damping", options.damping)):
-        if value is None:
+    if options.probes == 1:
+        raise OptionError("probes is 1; an error bar takes at least 2 (0 leaves the probes out)")
+    if not isinstance(options.density, bool):
+        raise OptionError(f"density is {options.density!r}; it must be True or False")
+    for name in ("weight_decay", "damping", "tolerance", "max_seconds"):
+        value = getattr(options, name)
+        if value is None and name in ("damping", "max_seconds"):
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise OptionError(f"{name} is {value!r}; it must be a number")

@@ -43,7 +43,25 @@ def analyze(
         int | None,
         Option(help="Largest block solved exactly (default: 4096, on CUDA 16384; 0: never)."),
     ] = None,
-    steps: Annotated[int, Option(help="Most Lanczos steps for a larger block.")] = 40,
+    steps: Annotated[
+        int, Option(help="Most products for the ends of a larger block's spectrum.")
+    ] = 40,
+    probes: Annotated[
+        int, Option(help="Random probes of a larger block: trace, diagonal, row norms (0: none).")
+    ] = 20,
+    density: Annotated[
+        bool, Option("--density", help="Spectral density of larger blocks: 600 more products each.")
+    ] = False,
+    tolerance: Annotated[
+        float, Option(help="Certified width of λ_max and λ_min, relative to ‖H‖, that will do.")
+    ] = 1e-3,
+    eigensolver: Annotated[
+        str,
+        Option(metavar="lanczos|power", help="lanczos, or power (two vectors of memory)."),
+    ] = "lanczos",
+    max_seconds: Annotated[
+        float | None, Option(help="End after S seconds with what is certified by then.")
+    ] = None,
     device: Annotated[str, Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
         str, Option(metavar="float64|float32", help="float64 or float32.")
@@ -81,6 +99,11 @@ def analyze(
         "curvature": curvature,
         "exact_limit": exact_limit,
         "steps": steps,
+        "probes": probes,
+        "density": density,
+        "tolerance": tolerance,
+        "eigensolver": eigensolver,
+        "max_seconds": max_seconds,
         "device": device,
         "dtype": dtype,
         "seed": seed,

@@ -61,7 +61,8 @@ def test_the_commands_are_these():
 def test_the_options_of_analyze_are_these():
     assert options("analyze") - {"-h", "--help"} == {
         *("--task", "--task-arg", "--trust", "--output", "-o", "--force", "--variants", "--blocks"),
-        *("--curvature", "--exact-limit", "--steps", "--device", "--dtype", "--seed"),
+        *("--curvature", "--exact-limit", "--steps", "--probes", "--density", "--tolerance"),
+        *("--eigensolver", "--max-seconds", "--device", "--dtype", "--seed"),
         *("--batch-size", "--max-examples", "--weight-decay", "--damping", "--engine"),
         *("--memory-budget", "--json", "--quiet", "-q", "--verbose", "-v", "--debug"),
     }

@@ -19,8 +19,9 @@ def test_the_defaults_are_the_contracts():
 
 def test_the_names_are_the_command_lines_with_underscores():
     assert list(inspect.signature(Options).parameters) == [
-        "variants", "blocks", "curvature", "exact_limit", "steps", "device", "dtype", "seed",
-        "batch_size", "max_examples", "weight_decay", "damping", "engine", "memory_budget",
+        "variants", "blocks", "curvature", "exact_limit", "steps", "probes", "density",
+        "tolerance", "eigensolver", "max_seconds", "device", "dtype", "seed", "batch_size",
+        "max_examples", "weight_decay", "damping", "engine", "memory_budget",
     ]  # fmt: skip
 
 
