@@ -51,6 +51,10 @@ class OutOfResources(HessdiagError):
     """Memory or disk ran out; finished work is kept where there is any."""
 
 
+class OutOfTime(HessdiagError):
+    """The time that the user allowed is over, and nothing is certified yet."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out: on the CPU torch says so in words only."""
     return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -11,16 +12,25 @@ from torch import Tensor, nn
 
 from hessdiag.blocks import WHOLE, Block
 from hessdiag.conditioning.bounds import never_exact
-from hessdiag.curvature.engines import Engine, make_engine
+from hessdiag.curvature.convexity import convex_loss
+from hessdiag.curvature.engines import Engine, free_memory, make_engine
 from hessdiag.curvature.objective import Objective, flatten
 from hessdiag.curvature.precision import gradient_noise, noise_of
-from hessdiag.errors import InputError
+from hessdiag.errors import InputError, OutOfTime
 from hessdiag.names import named_parameters
 from hessdiag.options import EXACT_LIMIT, Options
 from hessdiag.progress import Event, Report
 from hessdiag.quantity import Quantity
 from hessdiag.selfcheck import SelfChecks
-from hessdiag.solve import Problem, Solved, measure_noise, solve_exact, solve_lanczos
+from hessdiag.solve import (
+    FORECAST_STEPS,
+    Budget,
+    Problem,
+    Solved,
+    measure_noise,
+    solve_exact,
+    solve_matrix_free,
+)
 from hessdiag_probes.exact import assemble
 from hessdiag_probes.lanczos import lanczos
 from hessdiag_probes.random import generator, sphere
@@ -29,10 +39,17 @@ from hessdiag_probes.types import Matvec, Vector
 HALF_STEPS = 20
 SQUARES = (1e-140, 1e140)  # numbers whose squares, and sums of them, float64 holds
 REPORT_EVERY = 0.1  # seconds
+NOT_CONVEX = "the loss is not recognised as convex in the outputs, so nothing is claimed from that"
 
 
 class Network:
-    """The model on loan, and what all its blocks share."""
+    """The model on loan, and what all its blocks share.
+
+    Attributes:
+        matrix: Of the whole network, where it was assembled: its layers are cut from it.
+        slices: Of each parameter in ``matrix``.
+        deadline: When to end with what is certified by then, of ``time.monotonic()``; or None.
+    """
 
     def __init__(
         self, model: nn.Module, objective: Objective, options: Options, report: Report
@@ -46,6 +63,7 @@ class Network:
         self.halves: list[Objective] = []
         self.loss = 0.0
         self.narrow = False
+        self.deadline: float | None = None
 
     def select(self, names: Sequence[str]) -> list[nn.Parameter]:
         """The parameters of these names."""
@@ -81,18 +99,63 @@ class Network:
         engine = self._engine(self.objective, parameters)
         engines[block.name] = engine.name
         problem = self._problem(block, parameters, engine)
-        watched = self._watched(engine, block, index, count, block.size if exact else options.steps)
         if not exact:
-            solved, products = solve_lanczos(watched, problem, steps=options.steps)
+            budget, reason = self._budget(block, parameters[0])
+            if options.curvature == "ggn":
+                convex = convex_loss(self.objective, parameters)
+                problem = replace(problem, semidefinite=convex)
+                reason += [] if convex else [NOT_CONVEX]
+            total = budget.steps + FORECAST_STEPS + budget.probes
+            watched = self._watched(engine, block, index, count, total)
+            solved, products = solve_matrix_free(watched, problem, budget)
             self.report(Event(block.name, index, count, products, products))
+            notes = [*reason, *solved.values["notes"]]  # type: ignore[misc]
+            solved = Solved(solved.values | {"notes": notes}, solved.spectrum, solved.rows)
             return self._certified(solved), products
+        watched = self._timed(self._watched(engine, block, index, count, block.size))
         found = assemble(watched, block.size, dtype=dtype, device=device)
         # The dense solve needs the memory that the kept graphs hold.
         del engine, watched
         if block.name == WHOLE:
-            self.matrix = found.matrix
-            self.slices = self._slices(block)
+            self.take_matrix(block, found.matrix)
         return self._certified(solve_exact(found.matrix, problem)), found.matvecs
+
+    def _budget(self, block: Block, like: Tensor) -> tuple[Budget, list[str]]:
+        """What a block above the exact limit may cost, and why power iteration if that is so."""
+        options = self.options
+        basis = options.steps * block.size * like.element_size()
+        free = options.memory_budget
+        if free is None:
+            free = free_memory(like.device) // 2
+        power, reason = options.eigensolver == "power", []
+        if not power and basis > free:
+            power = True
+            reason.append(
+                f"power iteration: a Krylov basis of {basis / 2**30:.1f} GiB does not fit "
+                f"{free / 2**30:.1f} GiB"
+            )
+        budget = Budget(
+            steps=options.steps,
+            probes=options.probes,
+            density=options.density,
+            tolerance=options.tolerance,
+            power=power,
+            deadline=self.deadline,
+        )
+        return budget, reason
+
+    def _timed(self, product: Matvec) -> Matvec:
+        """``product`` until the deadline: half a matrix certifies nothing."""
+
+        def timed(vector: Vector) -> Vector:
+            if self.deadline is not None and time.monotonic() >= self.deadline:
+                raise OutOfTime(
+                    f"not assembled within --max-seconds {self.options.max_seconds:g}; allow "
+                    "more, or lower --exact-limit for bounds from fewer products"
+                )
+            return product(vector)
+
+        return timed
 
     def _engine(self, objective: Objective, parameters: list[nn.Parameter]) -> Engine:
         return make_engine(
@@ -138,6 +201,11 @@ class Network:
         if not self.narrow:
             return solved
         return Solved(never_exact(solved.values), solved.spectrum, solved.rows)
+
+    def take_matrix(self, block: Block, matrix: Tensor) -> None:
+        """Cut the layers from ``matrix``, which was assembled for ``block``, the whole network."""
+        self.matrix = matrix
+        self.slices = self._slices(block)
 
     def _slices(self, block: Block) -> dict[str, tuple[int, int]]:
         ends = accumulate(self.named[name].numel() for name in block.parameters)

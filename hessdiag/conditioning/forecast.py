@@ -9,12 +9,14 @@ from numpy.typing import NDArray
 
 from hessdiag.quantity import Quantity
 from hessdiag.run import HORIZONS, Value
+from hessdiag_probes.rules import Rule
 
 Array = NDArray[np.float64]
 
 EPS = float(np.finfo(np.float64).eps)
 PARTS = ("positive", "null", "negative", "total")
 NEGATIVE_SHARE = 0.1
+RULE_ROUNDING = 1e-12  # relative, of nodes and weights and of the sum over them
 LOSS_ROUNDING = 1e-12  # of the loss: a total that exceeds it by less has not exceeded it
 
 
@@ -90,6 +92,86 @@ def gd_forecast(
             else Quantity.exact(total, max(total - slack, 0.0), total + slack)
         )
     return {f"forecast_{name}": quantities for name, quantities in found.items()}
+
+
+def krylov_forecast(
+    inner: Rule,
+    outer: Rule,
+    *,
+    norm: float,
+    step: float,
+    tolerance: float,
+    rounding: float,
+    gradient_error: float,
+    loss: float,
+    confidence: float,
+) -> dict[str, Value]:
+    """The forecast of a matrix that is known by one Lanczos run from its gradient (maths 2.3).
+
+    Args:
+        inner: Gauss rule of the gradient's spectral measure: a lower bound on the total.
+        outer: Gauss–Radau rule with a node at or below λ_min: an upper bound.
+        norm: Of the gradient.
+        step: a = 1/u, u at least ‖H‖: then all derivatives of f alternate in sign.
+        tolerance: τ, which tells positive, null and negative nodes apart.
+        rounding: Absolute error of the nodes.
+        gradient_error: Bound on the error of the gradient, 2-norm.
+        loss: L at this point: a total that exceeds it is no forecast.
+        confidence: With which the step and the node of ``outer`` are what they should be.
+    Returns:
+        ``forecast_total`` certified; the parts are estimates by the nodes of ``inner``.
+    Source:
+        Golub and Meurant (1994) for the two rules.
+    """
+    found: dict[str, dict[str, Quantity]] = {name: {} for name in PARTS}
+    for horizon in HORIZONS:
+        parts = _node_parts(inner, norm, step, int(horizon), tolerance)
+        for name, amount in parts.items():
+            found[name][horizon] = Quantity.estimate(amount)
+        ends = []
+        for rule, sign in ((inner, -1.0), (outer, 1.0)):
+            node, weight = rule.node.numpy(), rule.weight.numpy().clip(0.0)
+            gain, slope, lag = _gain(node, step, int(horizon))
+            with np.errstate(over="ignore", invalid="ignore"):
+                amount = norm**2 * _weighted(weight, gain)
+                bend = norm**2 * _weighted(weight, slope) * rounding
+                bend += norm**2 * _weighted(weight, lag) * 2 * rounding * step * step
+                drift = 2 * gradient_error * norm * math.sqrt(_weighted(weight, gain**2))
+                bend += norm**2 * 16 * weight.size * EPS * float(gain.max())  # errors of weights
+                ends.append(amount + sign * (bend + drift + RULE_ROUNDING * amount))
+        found["total"][horizon] = _total(max(ends[0], 0.0), ends[1], parts, loss, confidence)
+    return {f"forecast_{name}": quantities for name, quantities in found.items()}
+
+
+def _node_parts(
+    rule: Rule, norm: float, step: float, steps: int, tolerance: float
+) -> dict[str, float]:
+    node, weight = rule.node.numpy(), rule.weight.numpy()
+    gain, _, _ = _gain(node, step, steps)
+    inside = {
+        "positive": node > tolerance,
+        "null": np.abs(node) <= tolerance,
+        "negative": node < -tolerance,
+    }
+    return {name: norm**2 * _weighted(weight[mask], gain[mask]) for name, mask in inside.items()}
+
+
+def _total(
+    low: float, high: float, parts: dict[str, float], loss: float, confidence: float
+) -> Quantity:
+    """Unresolved where a step may not go so far; a lower bound where the upper one says nothing."""
+    total = sum(parts.values())
+    exceeds = loss > 0 and low > loss * (1 + LOSS_ROUNDING)
+    if exceeds or not parts["negative"] <= NEGATIVE_SHARE * total:
+        return Quantity.unresolved()
+    if not math.isfinite(high) or (loss > 0 and high > loss):
+        return Quantity.lower_bound(low, confidence)
+    return Quantity.interval(min(max(total, low), high), low, high, confidence)
+
+
+def _weighted(weight: Array, amount: Array) -> float:
+    """``Σ w f`` in which a node without weight counts nothing, however large f is there."""
+    return float(np.where(weight == 0, 0.0, weight * amount).sum())
 
 
 def uniform_forecast(quantity: Quantity) -> dict[str, Value]:

@@ -19,7 +19,9 @@ from hessdiag.conditioning.spectrum import (
 )
 from hessdiag.quantity import Quantity
 from hessdiag.solve.problem import (
+    DOUBT_FACTOR,
     ROW_FACTOR,
+    SMALL_STEP,
     Array,
     Noise,
     Problem,
@@ -33,8 +35,6 @@ from hessdiag_probes.random import generator, sphere
 from hessdiag_probes.types import Vector
 
 HUGE_RANGE = 1e4  # λ_min below this many τ: solve a positive definite block relatively
-SMALL_STEP = 1e-2  # a gradient step of more than this share of |p| is no stationary point
-DOUBT_FACTOR = 10.0  # a zeroed row above this many times its noise may be real
 STORED_VECTORS = 2  # at either end
 
 

@@ -18,6 +18,9 @@ from hessdiag_probes.types import Matvec, Vector
 
 Array = NDArray[np.float64]
 ROW_FACTOR = 1e3  # a row is zero if its norm is at most this many times its own noise
+DOUBT_FACTOR = 10.0  # a zeroed row above this many times its noise may be real
+SMALL_STEP = 1e-2  # a gradient step of more than this share of |p| is no stationary point
+CUT_SHORT = "ended by --max-seconds: the intervals are as wide as they were by then"
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Problem:
         eps: Unit roundoff of the products.
         weight_decay: λ, added to the diagonal and to the gradient.
         damping: μ of ``kappa_damped``, or None.
+        semidefinite: The matrix without weight decay is known to have no negative eigenvalue.
         seed: Of the analysis.
     """
 
@@ -64,6 +68,7 @@ class Problem:
     weight_decay: float
     damping: float | None
     seed: int
+    semidefinite: bool = False
 
     @property
     def full_gradient(self) -> Vector:

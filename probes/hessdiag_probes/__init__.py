@@ -18,22 +18,31 @@ from hessdiag_probes.exact import (
 from hessdiag_probes.hutchinson import Estimate, Estimates, Moments, hutchinson
 from hessdiag_probes.lanczos import Ritz, Tridiagonal, lanczos
 from hessdiag_probes.power import Ends, Power, power, power_ends
+from hessdiag_probes.quadrature import Density, Mass, Quadrature, stochastic_quadrature
+from hessdiag_probes.quantiles import Quantile, Span, next_above, quantile, ranked
 from hessdiag_probes.random import gaussian, generator, rademacher, sphere
+from hessdiag_probes.rules import Rule, gauss, gauss_radau
 from hessdiag_probes.types import CountedMatvec, Matvec, Vector
 
 __all__ = [
     "Assembled",
     "Breakdown",
     "CountedMatvec",
+    "Density",
     "Ends",
     "Equilibrated",
     "Estimate",
     "Estimates",
+    "Mass",
     "Matvec",
     "Moments",
     "PositiveSpectrum",
     "Power",
+    "Quadrature",
+    "Quantile",
     "Ritz",
+    "Rule",
+    "Span",
     "Spectrum",
     "Tridiagonal",
     "Vector",
@@ -41,13 +50,19 @@ __all__ = [
     "eigh",
     "eigvalsh",
     "equilibrate",
+    "gauss",
+    "gauss_radau",
     "gaussian",
     "generator",
     "hutchinson",
     "lanczos",
+    "next_above",
     "positive_spectrum",
     "power",
     "power_ends",
+    "quantile",
     "rademacher",
+    "ranked",
     "sphere",
+    "stochastic_quadrature",
 ]

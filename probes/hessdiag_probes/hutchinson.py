@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from scipy.special import gammaincinv, stdtrit
 from torch import Tensor
 
+from hessdiag_probes.lanczos import Tridiagonal
 from hessdiag_probes.random import gaussian, rademacher
-from hessdiag_probes.types import CountedMatvec, Matvec
+from hessdiag_probes.tails import chi_square, quadratic_student, student
+from hessdiag_probes.types import CountedMatvec, Matvec, norm
 
 Distribution = Literal["gaussian", "rademacher"]
 
@@ -41,8 +43,10 @@ class Moments:
     """First and second moments of a symmetric operator, all from the same probes.
 
     Attributes:
-        trace: Unbiased; t-interval over the probes. It undercovers for an operator of low rank
-            (nominal 95 % is about 85 % at 10 probes): deflate its large eigenvalues first.
+        trace: Unbiased. For Gaussian probes the interval holds at least as often as it says,
+            whatever the spectrum, since it allows for one eigenvalue that dominates; see
+            :func:`hessdiag_probes.tails.quadratic_student`. For signs no error bar can promise
+            that: few of them may all give one wrong number.
         diagonal: Unbiased; t-intervals, exact for Gaussian probes. A small entry beside large
             off-diagonal ones is poor.
         row_norm: ``‖a_i‖₂`` with the chi-square interval, asymmetric: exact for Gaussian
@@ -51,8 +55,8 @@ class Moments:
             operator of rank one, conservative for any other at a confidence of 0.9 or more (a
             mean of chi-squares spreads less than one of them), so wide where many eigenvalues
             share the norm.
-        confidence: Of every interval, each by itself.
-        matvecs: Products spent.
+        confidence: Of every interval, each by itself, up to the rounding of the products.
+        matvecs: Products spent here, those of a deflating run not counted.
     """
 
     trace: Estimate
@@ -71,18 +75,28 @@ def hutchinson(
     generator: torch.Generator,
     distribution: Distribution = "gaussian",
     confidence: float = 0.95,
+    deflate: Tridiagonal | None = None,
+    stop: Callable[[], bool] | None = None,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
 ) -> Moments:
     """Estimate the moments of a symmetric operator.
+
+    With a Lanczos run on the same operator, ``A Q`` is known exactly from its recurrence, whether
+    or not a Ritz pair has converged, and only ``A P``, ``P = I - QQᵀ``, is left to chance:
+    ``‖a_i‖² = ‖(A Q)_i‖² + ‖(A P)_i‖²``, ``a_ii = Σ_j (A Q)_ij Q_ij + (A P)_ii`` and
+    ``tr A = tr T + tr P A P``. The intervals of the remainder keep what they promise, and shrink
+    with it. An invariant run need not leave nothing: of a repeated eigenvalue it holds one copy.
 
     Args:
         matvec: ``v -> A v`` for a real symmetric ``A``.
         n: The size of the operator.
         probes: How many, at least 2.
         generator: On the CPU, as :func:`hessdiag_probes.generator` makes it.
-        distribution: "gaussian" (exact row-norm intervals) or "rademacher" (less variance).
+        distribution: "gaussian" (intervals that hold) or "rademacher" (less variance).
         confidence: Of each interval, at least 0.5 and below 1.
+        deflate: A run whose start is independent of the probes.
+        stop: Asked after every probe from the second on whether those done must do.
         dtype: Of the probes; sums are kept in float64.
         device: Of the probes.
 
@@ -90,16 +104,18 @@ def hutchinson(
         The estimates, in the units of ``A``.
 
     Raises:
-        ValueError: An argument lies outside its range.
+        ValueError: An argument lies outside its range, or the run does not fit the rest.
         Breakdown: A product is not finite.
 
     Cost:
-        ``probes`` matvecs, ``O(n)`` numbers. Variance of the trace: ``2 ‖A‖_F² / probes``
-        (Gaussian), ``2 (‖A‖_F² - Σ a_ii²) / probes`` (Rademacher).
+        At most ``probes`` matvecs, ``O(n)`` numbers; with a run of ``k`` steps ``O(n k)`` flops
+        more for each, and no product. Variance of the trace: ``2 ‖P A P‖_F² / probes`` (Gaussian),
+        ``2 (‖A‖_F² - Σ a_ii²) / probes`` (Rademacher).
 
     Source:
         Hutchinson (1989); Bekas, Kokiopoulou and Saad (2007) for the diagonal; for the Frobenius
-        norm, Roosta-Khorasani and Székely (2015) on convolutions of gamma variables.
+        norm, Roosta-Khorasani and Székely (2015) on convolutions of gamma variables; deflation
+        from the basis alone as in Meyer, Musco, Musco and Woodruff (2021), its product being known.
     """
     if n < 1:
         raise ValueError(f"n = {n}, but an operator acts on at least one number")
@@ -109,48 +125,130 @@ def hutchinson(
         raise ValueError(f"confidence = {confidence} lies outside [0.5, 1)")
     if distribution not in {"gaussian", "rademacher"}:
         raise ValueError(f"distribution = {distribution!r}; choose 'gaussian' or 'rademacher'")
+    if deflate is not None:
+        _check_run(deflate, n, distribution, dtype)
     draw = gaussian if distribution == "gaussian" else rademacher
     product = CountedMatvec(matvec)
     diagonal = torch.zeros(n, dtype=torch.float64, device=device)
     weight, misfit, squares = (torch.zeros_like(diagonal) for _ in range(3))
-    traces = []
-    for _ in range(probes):
+    traces: list[float] = []
+    while len(traces) < probes and not (len(traces) >= 2 and stop is not None and stop()):
         probe = draw(n, generator=generator, dtype=dtype, device=device)
-        image = product(probe).double()
+        rest = probe if deflate is None else _without(deflate.basis, probe)
+        image = product(rest).double()
         probe = probe.double()
-        # Entry i of A v is a_ii v_i plus a noise that does not depend on v_i: a regression through
-        # the origin, updated without the cancellation of a difference of sums.
+        # Entry i of A P v is (A P)_ii v_i plus a noise that does not depend on v_i: a regression
+        # through the origin, updated without the cancellation of a difference of sums.
         surprise = image - diagonal * probe
         before = weight.clone()
         weight += probe.square()
         diagonal += surprise * probe / weight
         misfit += surprise.square() * (before / weight)
         squares += image.square()
-        traces.append(float((probe * image).sum()))
+        traces.append(float((rest.double() * image).sum()))
 
-    error = (misfit / ((probes - 1) * weight)).sqrt()
-    student = float(stdtrit(probes - 1, (1 + confidence) / 2))
     values = torch.tensor(traces, dtype=torch.float64)
-    trace = float(values.mean())
-    trace_error = float(values.std()) / math.sqrt(probes)
-    few, many = _chi_square(probes, confidence)
-    norms = (squares / probes).sqrt()
-    total = math.sqrt(float(squares.sum()) / probes)
+    done = len(traces)
+    known = _known(deflate, diagonal)
+    trace, trace_error = float(values.mean()) + known.trace, float(values.std()) / math.sqrt(done)
+    reach = quadratic_student(done, confidence) * trace_error + known.trace_slack
+    diagonal = diagonal + known.diagonal
+    error = (misfit / ((done - 1) * weight)).sqrt()
+    width = student(done, confidence) * error + known.slack
+    norms = _root(squares / done, known.squares, done, confidence, known.slack)
+    total = _root(
+        (squares.sum() / done)[None],
+        known.squares.sum()[None],
+        done,
+        confidence,
+        known.slack.square().sum().sqrt(),
+    )
     return Moments(
-        trace=Estimate(
-            trace, trace_error, trace - student * trace_error, trace + student * trace_error
+        trace=Estimate(trace, trace_error, trace - reach, trace + reach),
+        diagonal=Estimates(diagonal, error, diagonal - width, diagonal + width),
+        row_norm=norms,
+        frobenius=Estimate(
+            float(total.value), float(total.stderr), float(total.low), float(total.high)
         ),
-        diagonal=Estimates(diagonal, error, diagonal - student * error, diagonal + student * error),
-        row_norm=Estimates(norms, norms / math.sqrt(2 * probes), norms * few, norms * many),
-        frobenius=Estimate(total, total / math.sqrt(2 * probes), total * few, total * many),
         confidence=confidence,
         matvecs=product.count,
     )
 
 
-def _chi_square(probes: int, confidence: float) -> tuple[float, float]:
-    """The factors that turn a root mean square of Gaussian samples into its interval."""
-    tail = (1 - confidence) / 2
-    low = 2 * float(gammaincinv(probes / 2, tail))
-    high = 2 * float(gammaincinv(probes / 2, 1 - tail))
-    return math.sqrt(probes / high), math.sqrt(probes / low)
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What a run says of ``A Q``, and how far rounding may have moved it."""
+
+    trace: float
+    trace_slack: float
+    diagonal: Tensor
+    squares: Tensor
+    slack: Tensor
+
+
+def _known(run: Tridiagonal | None, like: Tensor) -> _Known:
+    """The part of the moments that needs no chance, from ``A Q = Q T + r e_kᵀ`` by columns."""
+    diagonal, squares, share = (torch.zeros_like(like) for _ in range(3))
+    if run is None:
+        return _Known(0.0, 0.0, diagonal, squares, share)
+    alphas, betas = run.diagonal.tolist(), run.offdiagonal.tolist()
+    steps = len(alphas)
+    before, scale = torch.zeros_like(like), 0.0
+    for j, alpha in enumerate(alphas):
+        vector = run.basis[j].double()
+        last = j + 1 == steps
+        after = run.residual.double() if last else betas[j] * run.basis[j + 1].double()
+        image = before + alpha * vector + after
+        diagonal += image * vector
+        squares += image.square()
+        share += vector.square()
+        scale = max(scale, norm(image))
+        if not last:
+            before = betas[j] * vector
+    eps = 10 * math.sqrt(steps) * torch.finfo(run.basis.dtype).eps
+    return _Known(
+        trace=math.fsum(alphas),
+        trace_slack=eps * math.sqrt(steps) * scale,
+        diagonal=diagonal,
+        squares=squares,
+        slack=eps * (scale * share.sqrt() + squares.sqrt()),
+    )
+
+
+def _root(
+    square: Tensor, known: Tensor, probes: int, confidence: float, slack: Tensor
+) -> Estimates:
+    """``√(known + x)`` for the mean ``square`` of Gaussian samples of variance ``x``."""
+    few, many = chi_square(probes, confidence)
+    value = (known + square).sqrt()
+    positive = torch.where(value > 0, value, torch.ones_like(value))
+    return Estimates(
+        value=value,
+        stderr=square / positive / math.sqrt(2 * probes),
+        low=((known + square * few**2).sqrt() - slack).clamp(min=0),
+        high=(known + square * many**2).sqrt() + slack,
+    )
+
+
+def _without(basis: Tensor, probe: Tensor) -> Tensor:
+    """The part of a probe outside the rows of ``basis``; twice, so that it is so to rounding."""
+    for _ in range(2):
+        probe = probe - basis.T @ (basis @ probe)
+    return probe
+
+
+def _check_run(run: Tridiagonal, n: int, distribution: str, dtype: torch.dtype) -> None:
+    if distribution != "gaussian":
+        raise ValueError(
+            f"deflate = a run with distribution = {distribution!r}; the intervals of a remainder "
+            f"rest on Gaussian probes, so choose 'gaussian', or deflate nothing"
+        )
+    if run.basis.shape[1] != n:
+        raise ValueError(
+            f"the run acts on {run.basis.shape[1]} numbers, the operator on {n}; "
+            f"deflate with a run on the same operator"
+        )
+    if run.basis.dtype != dtype:
+        raise ValueError(
+            f"the run is in {run.basis.dtype}, the probes in {dtype}; draw them in that of the run"
+        )

@@ -10,6 +10,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from hessdiag_probes.polynomial import beyond, share
 from hessdiag_probes.types import CountedMatvec, Matvec, Vector, check_vector, norm, unit
 
 
@@ -19,12 +20,36 @@ class Ritz:
 
     Some eigenvalue of ``A`` lies within ``bound`` of each ``value`` (up to the rounding of the
     products); it does not say which one. ``weight`` is the squared share of the start vector that
-    the Ritz vector carries: nonnegative, of sum 1.
+    the Ritz vector carries: nonnegative, of sum 1. ``size`` is that of ``A``, and ``growth`` the
+    sum of the logarithms of the off-diagonals of ``T`` and of the residual's norm.
     """
 
     value: Tensor
     bound: Tensor
     weight: Tensor
+    growth: float
+    size: int
+
+    def ends(self, failure: float) -> tuple[float, float]:
+        """Bounds from outside on the smallest and on the largest eigenvalue of ``A``.
+
+        Args:
+            failure: Each bound is wrong with at most this probability over the start, which must
+                be uniform on the unit sphere; once right, it is right at every depth, so that
+                stopping when the bounds are close enough costs nothing.
+        Source:
+            van Dorsselaer, Hochstenbach and van der Vorst (2000): the Lanczos polynomial
+            ``Π (t - θ_i) / Π β_i`` maps the start to a unit vector, so at the largest eigenvalue
+            it is at most the inverse of the start's share there, and it grows beyond ``θ_k``.
+            That share is rarely less than :func:`hessdiag_probes.polynomial.share`.
+        """
+        if not 0 < failure < 1:
+            raise ValueError(f"failure = {failure} lies outside (0, 1)")
+        target = self.growth - math.log(share(self.size, failure))
+        value = self.value.tolist()
+        below = beyond([v - value[0] for v in value], target)
+        above = beyond([value[-1] - v for v in value], target)
+        return value[0] - below, value[-1] + above
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +74,10 @@ class Tridiagonal:
 
     def ritz(self) -> Ritz:
         """The Ritz values with their residual bounds ``|β_k s_k|`` and weights ``s_1²``."""
-        return _ritz(self.diagonal, self.offdiagonal, norm(self.residual))
+        growth = float(self.offdiagonal.log().sum())
+        return _ritz(
+            self.diagonal, self.offdiagonal, growth, norm(self.residual), self.residual.numel()
+        )
 
     def vectors(self, indices: Sequence[int]) -> Tensor:
         """The Ritz vectors of the given Ritz values, as columns of shape ``(n, len(indices))``."""
@@ -99,7 +127,7 @@ def lanczos(
     basis[0] = unit(start)
     diagonal: list[float] = []
     offdiagonal: list[float] = []
-    scale = 0.0
+    scale = growth = 0.0
     for k in range(1, steps + 1):
         known = basis[:k]
         residual = product(basis[k - 1])
@@ -113,9 +141,13 @@ def lanczos(
         invariant = k == n or beta <= tolerance * scale
         if invariant or k == steps:
             break
-        if converged is not None and converged(_ritz_of_lists(diagonal, offdiagonal, beta)):
-            break
+        if converged is not None:
+            whole = torch.tensor(diagonal, dtype=torch.float64)
+            beside = torch.tensor(offdiagonal, dtype=torch.float64)
+            if converged(_ritz(whole, beside, growth, beta, n)):
+                break
         offdiagonal.append(beta)
+        growth += math.log(beta)
         basis[k] = unit(residual)
     return Tridiagonal(
         diagonal=torch.tensor(diagonal, dtype=torch.float64),
@@ -127,17 +159,15 @@ def lanczos(
     )
 
 
-def _ritz_of_lists(diagonal: list[float], offdiagonal: list[float], beta: float) -> Ritz:
-    return _ritz(
-        torch.tensor(diagonal, dtype=torch.float64),
-        torch.tensor(offdiagonal, dtype=torch.float64),
-        beta,
-    )
-
-
-def _ritz(diagonal: Tensor, offdiagonal: Tensor, beta: float) -> Ritz:
+def _ritz(diagonal: Tensor, offdiagonal: Tensor, growth: float, beta: float, size: int) -> Ritz:
     value, rotation = _eigh_tridiagonal(diagonal, offdiagonal)
-    return Ritz(value=value, bound=beta * rotation[-1].abs(), weight=rotation[0].square())
+    return Ritz(
+        value=value,
+        bound=beta * rotation[-1].abs(),
+        weight=rotation[0].square(),
+        growth=growth + math.log(beta) if beta > 0 else -math.inf,
+        size=size,
+    )
 
 
 def _eigh_tridiagonal(diagonal: Tensor, offdiagonal: Tensor) -> tuple[Tensor, Tensor]:

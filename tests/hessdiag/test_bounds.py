@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from hessdiag.conditioning import exact_quantities
 from hessdiag.conditioning.bounds import (
@@ -17,10 +16,22 @@ from hessdiag.conditioning.bounds import (
 from hessdiag.quantity import Quantity
 from hessdiag.run import THRESHOLDS
 
+FAILURE = 1e-3
 
-def ritz_of(value, bound, *, rounding=0.0, tolerance=1e-12):
+
+def ritz_of(value, bound, *, low=None, high=None, rounding=0.0, tolerance=1e-12, floor=None):
     value, bound = np.asarray(value, dtype=float), np.asarray(bound, dtype=float)
-    return RitzSpectrum(value, bound, rounding, tolerance)
+    low = value[0] - 1.0 if low is None else low
+    high = value[-1] + 1.0 if high is None else high
+    return RitzSpectrum(value, bound, low, high, FAILURE, rounding, tolerance, floor)
+
+
+def fields_of(*args, size=10, damping=None, **changes):
+    return ritz_quantities(ritz_of(*args, **changes), size, damping=damping)
+
+
+def interval(value, low, high, confidence=1 - FAILURE):
+    return Quantity.interval(value, low, high, confidence)
 
 
 def quantities(fields):
@@ -32,55 +43,111 @@ def quantities(fields):
             yield from value.values()
 
 
-def test_the_ends_are_bounds_weakened_by_rounding():
-    found = ritz_quantities(ritz_of([-1.0, 3.0], [0.5, 0.5], rounding=1e-3), damping=None)
-    assert found["lambda_max"] == Quantity.lower_bound(3.0 - 1e-3)
-    assert found["lambda_min"] == Quantity.upper_bound(-1.0 + 1e-3)
+def test_the_ends_reach_from_the_ritz_value_to_the_outer_bound_weakened_by_rounding():
+    found = fields_of([-1.0, 3.0], [0.5, 0.5], low=-1.5, high=3.25, rounding=0.125)
+    assert found["lambda_max"] == interval(3.0, 2.875, 3.375)
+    assert found["lambda_min"] == interval(-1.0, -1.625, -0.875)
+
+
+def test_a_floor_by_structure_cuts_the_lower_end_off():
+    found = fields_of([0.5, 3.0], [0.1, 0.1], low=-1.0, floor=0.25, rounding=0.0625)
+    assert found["lambda_min"] == interval(0.5, 0.25, 0.5625)
+    semidefinite = fields_of([-1e-9, 3.0], [0.1, 0.1], low=-1.0, floor=0.0)["lambda_min"]
+    assert (semidefinite.low, semidefinite.value, semidefinite.high) == (0.0, 0.0, 0.0)
 
 
 def test_kappa_counts_only_ritz_values_whose_residual_proves_a_positive_eigenvalue():
-    spectrum = ritz_of([1e-6, 0.1, 2.0, 10.0], [1e-3, 0.2, 0.5, 1e-9])
-    found = ritz_quantities(spectrum, damping=None)
+    found = fields_of([1e-6, 0.1, 2.0, 10.0], [1e-3, 0.2, 0.5, 1e-9])
     # 1e-6 and 0.1 may be images of the null space; 2 proves one at 2.5 or below.
     assert found["kappa"] == Quantity.lower_bound(10.0 / 2.5)
     assert found["lambda_min_positive"] == Quantity.upper_bound(2.5)
 
 
 def test_a_converged_ritz_value_below_the_tolerance_proves_nothing():
-    found = ritz_quantities(ritz_of([1e-13, 10.0], [0.0, 0.0]), damping=None)
+    found = fields_of([1e-13, 10.0], [0.0, 0.0])
     assert found["kappa"] == Quantity.lower_bound(1.0)
     assert found["lambda_min_positive"] == Quantity.upper_bound(10.0)
 
 
 def test_kappa_is_unresolved_where_no_residual_is_small_enough():
-    found = ritz_quantities(ritz_of([0.5, 1.0], [0.6, 1.2]), damping=None)
+    found = fields_of([0.5, 1.0], [0.6, 1.2])
     assert found["kappa"] == found["kappa_abs"] == Quantity.unresolved()
 
 
 def test_kappa_abs_uses_negative_ritz_values_too():
-    found = ritz_quantities(ritz_of([-8.0, 0.25, 1.0], [0.0, 0.0, 0.0]), damping=None)
+    found = fields_of([-8.0, 0.25, 1.0], [0.0, 0.0, 0.0])
     assert found["kappa_abs"] == Quantity.lower_bound(32.0)
     assert found["kappa"] == Quantity.lower_bound(4.0)
 
 
-def test_negative_curvature_alone_proves_no_kappa():
-    found = ritz_quantities(ritz_of([-8.0, -1.0], [0.0, 0.0]), damping=None)
+def test_negative_ritz_values_alone_prove_no_kappa():
+    found = fields_of([-8.0, -1.0], [0.0, 0.0], high=0.5)
     assert found["kappa"] == found["lambda_min_positive"] == Quantity.unresolved()
 
 
-def test_all_that_one_lanczos_run_cannot_know_is_unresolved():
-    found = ritz_quantities(ritz_of([-1.0, 3.0], [0.0, 0.0]), damping=1.0)
+def test_a_spectrum_that_ends_below_zero_has_no_kappa():
+    found = fields_of([-8.0, -1.0], [0.0, 0.0], high=-0.5)
+    assert found["kappa"] == found["lambda_min_positive"] == Quantity.absent()
+    assert set(found["kappa_quantile"].values()) == {Quantity.absent()}
+    assert found["n_positive"] == interval(0.0, 0.0, 0.0)
+
+
+def test_a_lower_bound_above_zero_makes_kappa_two_sided():
+    found = fields_of([0.5, 4.0], [0.3, 0.3], low=0.25, high=5.0)
+    # The bare Ritz ratio 8 bounds from below, residuals or not; 5 / 0.25 from above.
+    assert found["kappa"] == interval(8.0, 8.0, 20.0, 1 - 2 * FAILURE) == found["kappa_abs"]
+    assert found["lambda_min_positive"] == found["lambda_min"]
+    assert found["n_positive"] == interval(10.0, 10.0, 10.0)
+    assert found["n_negative"] == found["n_zero"] == interval(0.0, 0.0, 0.0)
+
+
+def test_a_lower_bound_within_the_tolerance_is_no_floor():
+    found = fields_of([0.5, 4.0], [0.3, 0.3], low=1e-13, high=5.0)
+    assert found["kappa"].status == "lower-bound"
+
+
+def test_weight_decay_on_a_semidefinite_matrix_bounds_kappa_from_above_for_certain():
+    found = fields_of([0.5, 4.0], [0.3, 0.3], low=-1.0, high=5.0, floor=0.01)
+    assert found["kappa"] == interval(8.0, 8.0, 500.0)
+    assert found["n_positive"] == interval(10.0, 10.0, 10.0, 1.0)
+
+
+def test_a_semidefinite_matrix_without_decay_has_no_upper_bound_on_kappa():
+    found = fields_of([0.5, 4.0], [0.3, 0.3], low=-1.0, high=5.0, floor=0.0)
+    assert found["kappa"] == Quantity.lower_bound(4.0 / 0.8)
+    zero = interval(0.0, 0.0, 0.0, 1.0)
+    assert found["negative_count"] == found["negative_depth"] == found["negative_mass"] == zero
+
+
+def test_the_depth_of_negative_curvature_spans_what_both_ends_allow():
+    found = fields_of([-1.0, 3.0], [0.5, 0.5], low=-2.0, high=4.0)["negative_depth"]
+    assert found == interval(1 / 3, 1 / 4, 2 / 3, 1 - 2 * FAILURE)
+    deeper = fields_of([-4.0, 1.0], [0.5, 0.5], low=-8.0, high=2.0)["negative_depth"]
+    assert (deeper.low, deeper.value, deeper.high) == (1.0, 1.0, 1.0)
+    unsure = fields_of([0.5, 3.0], [0.5, 0.5], low=-0.5, high=4.0)["negative_depth"]
+    assert (unsure.low, unsure.value, unsure.high) == (0.0, 0.0, 0.5 / 3)
+
+
+def test_all_that_the_ends_cannot_know_is_unresolved():
+    found = fields_of([-1.0, 3.0], [0.0, 0.0])
     known = {"lambda_max", "lambda_min", "lambda_min_positive", "kappa", "kappa_abs"}
+    known |= {"negative_depth", "kappa_damped"}
     rest = {name: value for name, value in found.items() if name not in known}
     assert set(quantities(rest)) == {Quantity.unresolved()}
     assert found["ambiguous"] is found["margin_above"] is found["margin_below"] is None
 
 
-@pytest.mark.parametrize("damping", [None, 0.5])
-def test_kappa_damped_exists_only_where_damping_was_given(damping):
-    wanted = Quantity.absent() if damping is None else Quantity.unresolved()
-    found = ritz_quantities(ritz_of([1.0], [0.0]), damping=damping)["kappa_damped"]
-    assert found == wanted
+def test_kappa_damped_has_both_ends_for_any_matrix():
+    found = fields_of([-1.0, 0.5, 3.0], [0.5, 0.25, 0.5], low=-1.5, high=4.0, damping=0.5)
+    # |l| comes down to 0.75 at least and may be 0; the norm lies in 3 … 4.
+    least = 3.5 / 1.25
+    assert found["kappa_damped"] == interval(least, least, 4.5 / 0.5, 1 - 2 * FAILURE)
+    floored = fields_of([0.5, 3.0], [0.5, 0.5], low=-1.0, high=4.0, floor=0.5, damping=0.5)
+    assert floored["kappa_damped"].high == 4.5
+
+
+def test_kappa_damped_exists_only_where_damping_was_given():
+    assert fields_of([1.0], [0.0])["kappa_damped"] == Quantity.absent()
 
 
 def test_a_zero_matrix_has_exact_counts_and_no_condition_number():
@@ -102,7 +169,7 @@ def test_every_way_to_fill_a_row_names_the_same_fields():
         unresolved_quantities(),
         absent_quantities(),
         zero_quantities(3, None),
-        ritz_quantities(ritz_of([1.0], [0.0]), damping=None),
+        fields_of([1.0], [0.0]),
     ):
         assert set(fields) == wanted
         assert set(fields["profile_kappa"]) == set(THRESHOLDS)

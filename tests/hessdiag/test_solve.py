@@ -16,47 +16,12 @@ from hessdiag.conditioning.bounds import SCALARS
 from hessdiag.quantity import Quantity
 from hessdiag.run import HORIZONS
 from hessdiag.solve import (
-    Noise,
-    Problem,
     measure_noise,
     skipped_fields,
     solve_exact,
-    solve_lanczos,
 )
 
 EPS = torch.finfo(torch.float64).eps
-
-
-def noiseless(matrix, *, name="whole", weight_decay=0.0, seed=0, rows=None, block=0.0):
-    """A block whose products err by nothing, or by ``rows``; ``seen`` as it is measured."""
-    n = len(matrix)
-    at = quadratics.default_position(n)
-    seen = torch.stack([matrix @ torch.linspace(0.5, 1.5, n).double() ** k for k in (0, 1)])
-    nothing = torch.zeros(n, dtype=torch.float64)
-    return Problem(
-        name=name,
-        gradient=matrix @ at,
-        position=at,
-        loss=0.5 * float(at @ matrix @ at),
-        noise=Noise(
-            lambda v: torch.zeros_like(v),
-            block,
-            nothing if rows is None else rows,
-            seen.abs().amax(0),
-            0.0,
-        ),
-        eps=EPS,
-        weight_decay=weight_decay,
-        damping=None,
-        seed=seed,
-    )
-
-
-def lanczos_of(matrix, steps=40, **changes):
-    solved, products = solve_lanczos(
-        lambda v: matrix @ v, noiseless(matrix, **changes), steps=steps
-    )
-    return solved, products
 
 
 # The truth lies inside every interval
@@ -69,7 +34,7 @@ def test_the_truth_lies_inside_every_interval(kind, seed):
     found = quadratics.solve(matrix).values
     truth = quadratics.eigenvalues(matrix, zeros)
     assert quadratics.broken_promises(found, truth) == []
-    assert _complaints(found) == []
+    assert quadratics.complaints(found) == []
     counts = [found[name] for name in ("n_positive", "n_negative", "n_zero")]
     assert sum(count.value for count in counts) == len(matrix)
     if not found["ambiguous"]:
@@ -93,46 +58,6 @@ def test_weight_decay_and_damping_keep_every_interval_right(kind, seed, decay, d
     assert quadratics.broken_promises(found, truth) == []
     sizes = [abs(x) + mp.mpf(damping * norm) for x in truth]
     assert quadratics.contains(found["kappa_damped"], max(sizes) / min(sizes))
-
-
-@settings(max_examples=120, deadline=None, derandomize=True)
-@given(
-    kind=st.sampled_from(quadratics.KINDS),
-    seed=st.integers(0, 10**6),
-    steps=st.sampled_from([1, 2, 3, 40]),
-    decay=st.sampled_from([0.0, 0.0, 0.1]),
-)
-def test_no_bound_of_lanczos_claims_too_much(kind, seed, steps, decay):
-    matrix, zeros = quadratics.random_matrix(kind, seed)
-    shift = decay * float(matrix.abs().max())
-    solved, products = lanczos_of(matrix, steps, weight_decay=shift)
-    truth = [x + mp.mpf(shift) for x in quadratics.eigenvalues(matrix, zeros)]
-    wanted = quadratics.expected(truth)
-    for name in ("lambda_max", "lambda_min", "lambda_min_positive", "kappa", "kappa_abs"):
-        quantity = solved.values[name]
-        assert quantity.status in ("lower-bound", "upper-bound", "unresolved"), name
-        if quantity.status != "unresolved":
-            assert quadratics.contains(quantity, wanted[(name,)]), name
-    assert _complaints(solved.values) == []
-    assert products <= min(steps, len(matrix))
-
-
-def _complaints(values):
-    """Numbers that are no numbers, and values outside their own interval."""
-    found = []
-    for name, value in values.items():
-        group = value if isinstance(value, dict) else {"": value}
-        for key, quantity in group.items():
-            if not isinstance(quantity, Quantity):
-                continue
-            parts = [p for p in (quantity.value, quantity.low, quantity.high) if p is not None]
-            if not np.isfinite(parts).all() or parts != parts:
-                found.append(f"{name} {key} is not finite: {quantity}")
-            low = -np.inf if quantity.low is None else quantity.low
-            high = np.inf if quantity.high is None else quantity.high
-            if quantity.value is not None and not low <= quantity.value <= high:
-                found.append(f"{name} {key} lies outside itself: {quantity}")
-    return found
 
 
 # Matrices with a name
@@ -233,24 +158,24 @@ def test_an_orthogonal_change_of_parameters_changes_nothing(turn):
 def test_noise_rows_are_zeroed_before_any_scaling():
     matrix = torch.diag(torch.tensor([1.0, 2.0, 1e-17], dtype=torch.float64))
     rows = torch.tensor([0.0, 0.0, 1e-18], dtype=torch.float64)
-    found = solve_exact(matrix, noiseless(matrix, rows=rows)).values
+    found = solve_exact(matrix, quadratics.noiseless(matrix, rows=rows)).values
     assert (found["inactive"], found["n_positive"].value, found["n_zero"].value) == (1, 2, 1)
     assert (found["kappa"].value, found["kappa"].status) == (2.0, "exact")
-    kept = solve_exact(matrix, noiseless(matrix)).values
+    kept = solve_exact(matrix, quadratics.noiseless(matrix)).values
     assert (kept["inactive"], kept["n_positive"].value) == (0, 3)
 
 
 def test_a_matrix_of_nothing_but_noise_is_zero():
     matrix = 1e-17 * quadratics.turned(torch.tensor([-1.0, 0.5, 1.0]))
-    found = solve_exact(matrix, noiseless(matrix, block=1e-18)).values
+    found = solve_exact(matrix, quadratics.noiseless(matrix, block=1e-18)).values
     assert (found["inactive"], found["kappa"]) == (3, Quantity.zero())
 
 
 def test_noise_widens_the_intervals_by_all_that_it_can_do():
     matrix = torch.diag(torch.tensor([1e-6, 1.0], dtype=torch.float64))
-    quiet = solve_exact(matrix, noiseless(matrix)).values["kappa"]
+    quiet = solve_exact(matrix, quadratics.noiseless(matrix)).values["kappa"]
     nu = 1e-10
-    noisy = noiseless(matrix, rows=torch.full((2,), nu, dtype=torch.float64), block=nu)
+    noisy = quadratics.noiseless(matrix, rows=torch.full((2,), nu, dtype=torch.float64), block=nu)
     noisy = replace(noisy, noise=replace(noisy.noise, error=lambda v: nu * v))
     loud = solve_exact(matrix, noisy).values["kappa"]
     assert quiet.high / quiet.low - 1 < 1e-7
@@ -299,61 +224,6 @@ def test_noise_of_narrow_products_neither_overflows_nor_vanishes():
         assert noise.block == pytest.approx(scale, rel=1e-5)
 
 
-# Lanczos
-
-
-def test_lanczos_finds_both_ends_to_eight_digits_and_no_kappa_above_the_truth():
-    spectrum = torch.linspace(0.5, 50.0, 60, dtype=torch.float64)
-    matrix = quadratics.turned(spectrum)
-    solved, products = lanczos_of(matrix, 60)
-    top, bottom = solved.values["lambda_max"], solved.values["lambda_min"]
-    assert (top.status, bottom.status) == ("lower-bound", "upper-bound")
-    assert 50.0 * (1 - 1e-8) <= top.low <= 50.0 + 1e-12
-    assert 0.5 <= bottom.high + 1e-12 <= 0.5 + 50e-8
-    kappa = solved.values["kappa"]
-    assert (kappa.status, kappa.high) == ("lower-bound", None)
-    assert 90 < kappa.low <= 100.0
-    assert solved.values["kappa_quantile"]["0.5"] == Quantity.unresolved()
-    assert products <= 60
-    assert solved.values["method"] == "lanczos"
-
-
-def test_lanczos_stops_where_both_ends_have_converged():
-    matrix = torch.diag(torch.tensor([1.0, 2.0, 3.0]).double().repeat(20))
-    _, products = lanczos_of(matrix, 60)
-    assert products == 3
-
-
-def test_lanczos_ignores_dead_rows_and_counts_them():
-    matrix = torch.diag(torch.tensor([1e-17, 1.0, 2.0, 5.0], dtype=torch.float64))
-    rows = torch.tensor([1e-18, 0.0, 0.0, 0.0], dtype=torch.float64)
-    solved, _ = lanczos_of(matrix, rows=rows)
-    assert solved.values["inactive"] == 1
-    assert solved.values["kappa"].low == pytest.approx(5.0)
-
-
-def test_lanczos_spends_nothing_on_a_zero_matrix():
-    solved, products = lanczos_of(torch.zeros(5, 5, dtype=torch.float64))
-    assert products == 0
-    assert solved.values["kappa"] == Quantity.zero()
-    assert (solved.values["inactive"], solved.values["n_zero"].value) == (5, 5)
-
-
-def test_weight_decay_shifts_what_lanczos_sees():
-    matrix = quadratics.turned(torch.tensor([0.0, 1.0, 2.0, 4.0], dtype=torch.float64))
-    solved, _ = lanczos_of(matrix, weight_decay=0.5)
-    assert solved.values["lambda_max"].low == pytest.approx(4.5, rel=1e-12)
-    assert solved.values["lambda_min"].high == pytest.approx(0.5, rel=1e-12)
-    assert solved.values["kappa"].low == pytest.approx(9.0, rel=1e-10)
-
-
-def test_negative_curvature_that_lanczos_saw_forbids_a_rate():
-    indefinite, _ = lanczos_of(quadratics.turned(torch.tensor([-1.0, 1.0, 2.0])))
-    definite, _ = lanczos_of(quadratics.turned(torch.tensor([0.5, 1.0, 2.0])))
-    assert indefinite.values["gd_rate_applies"] is False
-    assert definite.values["gd_rate_applies"] is None
-
-
 # What goes into the file
 
 
@@ -400,7 +270,7 @@ def test_rows_hold_norms_and_diagonal_with_weight_decay_inside_their_bounds():
 def test_the_rate_applies_to_a_definite_block_near_a_stationary_point(spectrum, distance, applies):
     matrix = quadratics.turned(torch.tensor(spectrum, dtype=torch.float64))
     at = torch.ones(2, dtype=torch.float64)
-    problem = replace(noiseless(matrix), gradient=distance * matrix @ at, position=at)
+    problem = replace(quadratics.noiseless(matrix), gradient=distance * matrix @ at, position=at)
     assert solve_exact(matrix, problem).values["gd_rate_applies"] is applies
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -180,3 +182,45 @@ def test_the_yardstick_matrix_gives_its_largest_eigenvalue_and_never_its_kappa(b
     assert float(ritz.value[-1]) == pytest.approx(float(exact[-1]), rel=1e-8)
     assert ritz.bound[-1] <= 1e-8 * exact[-1]
     assert ritz.value[-1] / ritz.value[0] < 8.572646e6
+
+
+def test_the_outer_bounds_miss_no_more_often_than_they_say(matrix, spectrum, rounding):
+    failure, draws, n = 0.05, 300, len(spectrum)
+    missed = torch.zeros(2)
+    for seed in range(draws):
+        low, high = lanczos(matrix.mv, start(n, seed=seed), depth(6, n)).ritz().ends(failure)
+        missed += torch.tensor([low > spectrum.min() + rounding, high < spectrum.max() - rounding])
+    # Four standard errors above what is allowed.
+    assert (missed <= failure * draws + 4 * (failure * draws) ** 0.5).all()
+
+
+def test_the_outer_bounds_close_in_on_the_ends_and_hold_at_every_depth(symmetric):
+    exact = torch.cat([torch.linspace(0, 1, 60), torch.tensor([3.0])]).double()
+    matrix = symmetric(exact)
+    first = start(61)
+    widths = []
+    for steps in (1, 2, 5, 10, 20):
+        ritz = lanczos(matrix.mv, first, steps).ritz()
+        low, high = ritz.ends(1e-3)
+        assert low <= 0.0 <= float(ritz.value[0]) + 1e-12
+        assert float(ritz.value[-1]) - 1e-12 <= 3.0 <= high
+        widths.append(high - 3.0)
+    assert widths == sorted(widths, reverse=True)
+    assert widths[-1] < 1e-6
+
+
+def test_the_outer_bounds_are_those_of_the_lanczos_polynomial():
+    # One step: |p(t)| = |t - θ| / β <= 1 / c, solved by hand.
+    diagonal = torch.tensor([1.0, 4.0], dtype=torch.float64)
+    first = torch.tensor([0.6, 0.8], dtype=torch.float64)
+    low, high = lanczos(lambda v: diagonal * v, first, 1).ritz().ends(0.1)
+    theta, beta = 1 * 0.36 + 4 * 0.64, 3 * 0.6 * 0.8
+    reach = beta / (0.1 * math.sqrt(math.pi / 4))
+    assert (low, high) == pytest.approx((theta - reach, theta + reach), rel=1e-5)
+
+
+@pytest.mark.parametrize("failure", [0.0, 1.0, -1.0])
+def test_a_failure_that_is_no_probability_is_refused(failure):
+    ritz = lanczos(lambda v: v, torch.ones(3, dtype=torch.float64), 1).ritz()
+    with pytest.raises(ValueError, match="outside"):
+        ritz.ends(failure)

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import mpmath as mp
 import torch
@@ -16,7 +19,14 @@ from torch import Tensor, nn
 from hessdiag import Task, analyze
 from hessdiag.quantity import Quantity
 from hessdiag.run import QUANTILES, THRESHOLDS, Run, VariantResult
-from hessdiag.solve import Noise, Problem, Solved, solve_exact
+from hessdiag.solve import (
+    Budget,
+    Noise,
+    Problem,
+    Solved,
+    solve_exact,
+    solve_matrix_free,
+)
 
 mp.mp.dps = 50
 
@@ -61,28 +71,46 @@ def default_position(n: int) -> Tensor:
     return torch.randn(n, generator=seeded, dtype=torch.float64)
 
 
-def solve(
+def noiseless(
     matrix: Tensor,
     position: Tensor | None = None,
     *,
-    weight_decay: float = 0.0,
-    damping: float | None = None,
-) -> Solved:
-    """The exact row of a matrix whose products are free of noise."""
-    at = default_position(len(matrix)) if position is None else position
-    nothing = torch.zeros_like(at)
+    rows: Tensor | None = None,
+    block: float = 0.0,
+    **changes: Any,
+) -> Problem:
+    """A block whose products err by nothing, or by ``rows``; ``seen`` as it is measured."""
+    n = len(matrix)
+    at = default_position(n) if position is None else position
+    seen = torch.stack([matrix @ torch.linspace(0.5, 1.5, n).double() ** k for k in (0, 1)])
+    nothing = torch.zeros(n, dtype=torch.float64)
+    noise = Noise(
+        torch.zeros_like, block, nothing if rows is None else rows, seen.abs().amax(0), 0.0
+    )
     problem = Problem(
         name="whole",
         gradient=matrix @ at,
         position=at,
         loss=0.5 * float(at @ matrix @ at),
-        noise=Noise(torch.zeros_like, 0.0, nothing, nothing, 0.0),
+        noise=noise,
         eps=torch.finfo(torch.float64).eps,
-        weight_decay=weight_decay,
-        damping=damping,
+        weight_decay=0.0,
+        damping=None,
         seed=0,
     )
-    return solve_exact(matrix, problem)
+    return replace(problem, **changes)
+
+
+def solve(matrix: Tensor, position: Tensor | None = None, **changes: Any) -> Solved:
+    """The exact row of a matrix whose products are free of noise."""
+    return solve_exact(matrix, noiseless(matrix, position, **changes))
+
+
+def solve_by_products(
+    matrix: Tensor, budget: Budget | None = None, **changes: Any
+) -> tuple[Solved, int]:
+    """The row of a matrix of which only noiseless products are known, and their number."""
+    return solve_matrix_free(lambda v: matrix @ v, noiseless(matrix, **changes), budget or Budget())
 
 
 def turned(spectrum: Tensor, seed: int = 0) -> Tensor:
@@ -228,6 +256,24 @@ def contains(quantity: Quantity, truth: mp.mpf) -> bool:
     above = low is None or mp.mpf(low) <= truth or low <= float(truth)
     below = high is None or mp.mpf(high) >= truth or high >= float(truth)
     return above and below
+
+
+def complaints(values: Mapping[str, object]) -> list[str]:
+    """Numbers that are no numbers, and values outside their own interval."""
+    found = []
+    for name, value in values.items():
+        group = value if isinstance(value, dict) else {"": value}
+        for key, quantity in group.items():
+            if not isinstance(quantity, Quantity):
+                continue
+            parts = [p for p in (quantity.value, quantity.low, quantity.high) if p is not None]
+            if not all(math.isfinite(part) for part in parts):
+                found.append(f"{name} {key} is not finite: {quantity}")
+            low = -math.inf if quantity.low is None else quantity.low
+            high = math.inf if quantity.high is None else quantity.high
+            if quantity.value is not None and not low <= quantity.value <= high:
+                found.append(f"{name} {key} lies outside itself: {quantity}")
+    return found
 
 
 def broken_promises(values: object, spectrum: list[mp.mpf]) -> list[str]:

@@ -1,0 +1,307 @@
+"""A block that is too large to assemble: every field from products, each with its certificate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hessdiag.conditioning.bounds import RitzSpectrum, ritz_quantities
+from hessdiag.conditioning.density import DensityFields, density_fields
+from hessdiag.conditioning.forecast import krylov_forecast, uniform_forecast
+from hessdiag.conditioning.kappa import rates
+from hessdiag.conditioning.sketch import row_arrays, sketch_quantities
+from hessdiag.conditioning.spectrum import ROUNDING_SHARE, zero_tolerance
+from hessdiag.quantity import Quantity
+from hessdiag.run import Value
+from hessdiag.solve.problem import (
+    CUT_SHORT,
+    DOUBT_FACTOR,
+    ROW_FACTOR,
+    SMALL_STEP,
+    Array,
+    Problem,
+    Solved,
+    common_fields,
+    drowned_fields,
+    zero_fields,
+)
+from hessdiag_probes.hutchinson import hutchinson
+from hessdiag_probes.lanczos import Ritz, Tridiagonal, lanczos
+from hessdiag_probes.power import power_ends
+from hessdiag_probes.quadrature import stochastic_quadrature
+from hessdiag_probes.random import generator, sphere
+from hessdiag_probes.rules import gauss, gauss_radau
+from hessdiag_probes.types import CountedMatvec, Vector, norm
+
+FAILURE = 1e-3  # of each outer bound of the spectrum
+CONFIDENCE = 0.95  # of what comes from the random probes
+FORECAST_STEPS = 20
+DENSITY_PROBES, DENSITY_STEPS = 10, 60
+DOUBT_MARGIN = 4.0  # a row's norm is seldom that many times what two products show of it
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a block that is not assembled may cost; defaults as in the contract.
+
+    Attributes:
+        steps: Most products for the ends of the spectrum.
+        probes: Random probes; 0 for none.
+        density: Estimate the density too.
+        tolerance: Wanted width of the ends' intervals, relative to ‖H‖.
+        power: Use power iteration, with two vectors of memory.
+        deadline: Of ``time.monotonic()``; None for no limit.
+    """
+
+    steps: int = 40
+    probes: int = 20
+    density: bool = False
+    tolerance: float = 1e-3
+    power: bool = False
+    deadline: float | None = None
+
+    def over(self) -> bool:
+        """Whether the time is up."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+
+def solve_matrix_free(
+    product: Callable[[Vector], Vector], problem: Problem, budget: Budget
+) -> tuple[Solved, int]:
+    """Every field of a block from products alone.
+
+    Args:
+        product: ``v -> H v`` without weight decay.
+        problem: The block.
+        budget: What it may cost. When the time is up, what is certified by then is kept.
+    Returns:
+        The row, and the number of products.
+    Cost:
+        At most ``steps`` products for the ends, 20 for the forecast and ``probes``; 600 for the
+        density. ``steps`` n numbers, or with power iteration a few n.
+    """
+    dead, doubt = _dead_rows(problem)
+    method = "power" if budget.power else "lanczos"
+    values = common_fields(problem, int(dead.sum()), method)
+    if bool(dead.all()) and problem.weight_decay == 0 and doubt == 0:
+        return Solved(values | zero_fields(problem, dead.numel()), {}, {}), 0
+    if bool(dead.all()) and doubt > 0:
+        return Solved(values | drowned_fields(problem), {}, {}), 0
+    alive = (~dead).to(problem.gradient)
+
+    def shifted(vector: Vector) -> Vector:
+        return alive * product(alive * vector) + problem.weight_decay * vector
+
+    matvec = CountedMatvec(shifted)
+    spectrum, run = _ends(matvec, problem, budget, doubt)
+    notes = [_width_note(spectrum, matvec.count, budget)]
+    values |= ritz_quantities(spectrum, dead.numel(), damping=problem.damping)
+    arrays: dict[str, Array] = {"ritz_value": spectrum.value, "ritz_bound": spectrum.bound}
+    if run is not None:
+        arrays["ritz_weight"] = run.ritz().weight.numpy()
+    values |= _forecast(matvec, problem, budget, spectrum)
+    rows: dict[str, Array] = {}
+    if budget.probes and not budget.over():
+        sketched, rows = _sketch(matvec, problem, budget, spectrum, run, doubt)
+        values |= sketched
+    if budget.density and not budget.over():
+        found = _density(matvec, problem, budget, spectrum)
+        values |= found.values
+        arrays |= found.arrays
+        notes.append(found.note)
+    kappa = values["kappa"]
+    if isinstance(kappa, Quantity):
+        values |= rates(kappa)
+        notes += _kappa_notes(kappa, spectrum, density=budget.density)
+    values["gd_rate_applies"] = _rate_applies(spectrum, problem)
+    if budget.over():
+        notes.append(CUT_SHORT)
+    values["notes"] = notes
+    return Solved(values, arrays, rows), matvec.count
+
+
+def _dead_rows(problem: Problem) -> tuple[torch.Tensor, float]:
+    """Which rows are noise, (n,), and what zeroing those that may be real can cost, 2-norm."""
+    noise = problem.noise
+    dead = noise.seen <= ROW_FACTOR * noise.rows
+    if float(noise.seen.norm()) <= ROW_FACTOR * noise.block * math.sqrt(dead.numel()):
+        dead = torch.ones_like(dead)
+    real = dead & (noise.seen > DOUBT_FACTOR * noise.rows.clamp_min(noise.block))
+    return dead, DOUBT_MARGIN * math.sqrt(2) * float(noise.seen[real].norm())
+
+
+def _start(problem: Problem) -> Vector:
+    like = problem.gradient
+    return sphere(
+        like.numel(),
+        generator=generator(problem.seed, problem.name, "lanczos"),
+        dtype=like.dtype,
+        device=like.device,
+    )
+
+
+def _ends(
+    matvec: CountedMatvec, problem: Problem, budget: Budget, doubt: float
+) -> tuple[RitzSpectrum, Tridiagonal | None]:
+    """Both ends of the spectrum from one start, and the Lanczos run if there was one."""
+    size = problem.gradient.numel()
+    floor = problem.weight_decay if problem.semidefinite else None
+    run: Tridiagonal | None = None
+    if budget.power:
+        found = power_ends(
+            matvec,
+            _start(problem),
+            budget.steps,
+            budget.tolerance,
+            failure=FAILURE,
+            stop=budget.over,
+        )
+        value = np.array([found.smallest.value, found.largest.value])
+        bound = np.array([found.smallest.residual, found.largest.residual])
+        low, high = found.low, found.high
+    else:
+
+        def converged(ritz: Ritz) -> bool:
+            least, most = float(ritz.value[0]), float(ritz.value[-1])
+            low, high = ritz.ends(FAILURE)
+            low = low if floor is None else max(low, floor)
+            reach = budget.tolerance * max(abs(least), abs(most))
+            return max(high - most, least - low) <= reach or budget.over()
+
+        run = lanczos(matvec, _start(problem), min(budget.steps, size), converged=converged)
+        ritz = run.ritz()
+        value, bound = ritz.value.numpy(), ritz.bound.numpy()
+        low, high = ritz.ends(FAILURE)
+    tolerance = zero_tolerance(
+        float(np.abs(value).max()), size, problem.eps, max(problem.noise.block, doubt)
+    )
+    return (
+        RitzSpectrum(
+            value=value,
+            bound=bound,
+            low=low,
+            high=high,
+            failure=FAILURE,
+            rounding=max(ROUNDING_SHARE * tolerance, doubt),
+            tolerance=tolerance,
+            floor=floor,
+        ),
+        run,
+    )
+
+
+def _forecast(
+    matvec: CountedMatvec, problem: Problem, budget: Budget, spectrum: RitzSpectrum
+) -> dict[str, Value]:
+    """From Lanczos started at the gradient, with the step that the certified norm allows."""
+    gradient = problem.full_gradient
+    size, reach = norm(gradient), spectrum.norm[1]
+    if size == 0:
+        return uniform_forecast(Quantity.exact(0.0))
+    if reach <= 0 or budget.over():
+        return uniform_forecast(Quantity.unresolved())
+    steps = min(FORECAST_STEPS, gradient.numel())
+    run = lanczos(matvec, gradient, steps, converged=lambda _: budget.over())
+    # No node may lie left of the prescribed one, which rounding alone could bring about.
+    floor = min(spectrum.bottom.low or 0.0, float(run.ritz().value[0]) - spectrum.rounding)
+    return krylov_forecast(
+        gauss(run),
+        gauss_radau(run, floor),
+        norm=size,
+        step=1.0 / reach,
+        tolerance=spectrum.tolerance,
+        rounding=spectrum.rounding,
+        gradient_error=problem.noise.gradient,
+        loss=problem.full_loss,
+        confidence=1.0 - 2 * FAILURE,
+    )
+
+
+def _sketch(
+    matvec: CountedMatvec,
+    problem: Problem,
+    budget: Budget,
+    spectrum: RitzSpectrum,
+    run: Tridiagonal | None,
+    doubt: float,
+) -> tuple[dict[str, Value], dict[str, Array]]:
+    """Trace, norms and rows from random probes outside the Krylov space."""
+    like = problem.gradient
+    moments = hutchinson(
+        matvec,
+        like.numel(),
+        budget.probes,
+        generator=generator(problem.seed, problem.name, "probes"),
+        confidence=CONFIDENCE,
+        dtype=like.dtype,
+        device=like.device,
+        deflate=run,
+        stop=budget.over,
+    )
+    noise = 10 * problem.noise.block * math.sqrt(like.numel()) + doubt
+    rows = row_arrays(moments, 10 * problem.noise.rows.cpu().numpy() + doubt)
+    return sketch_quantities(moments, spectrum, noise), rows
+
+
+def _density(
+    matvec: CountedMatvec, problem: Problem, budget: Budget, spectrum: RitzSpectrum
+) -> DensityFields:
+    """What stochastic Lanczos quadrature says of the inner spectrum."""
+    like = problem.gradient
+    quadrature = stochastic_quadrature(
+        matvec,
+        like.numel(),
+        DENSITY_PROBES,
+        min(DENSITY_STEPS, like.numel()),
+        generator=generator(problem.seed, problem.name, "density"),
+        dtype=like.dtype,
+        device=like.device,
+        stop=budget.over,
+    )
+    return density_fields(quadrature, spectrum)
+
+
+def _rate_applies(spectrum: RitzSpectrum, problem: Problem) -> bool | None:
+    """False with negative curvature or a large gradient, None where neither is certain."""
+    high = spectrum.bottom.high
+    if high is not None and high < -spectrum.tolerance:
+        return False
+    step = float(problem.full_gradient.norm()) / max(spectrum.norm[0], spectrum.tolerance)
+    if step > SMALL_STEP * float(problem.position.norm()):
+        return False
+    return True if spectrum.positive_floor is not None else None
+
+
+def _width_note(spectrum: RitzSpectrum, products: int, budget: Budget) -> str:
+    """How near the ends are known, in words."""
+    inside, outside = spectrum.norm
+    if inside <= 0:
+        return f"above the exact limit: {products} products show no curvature beyond rounding"
+    top, bottom = spectrum.top, spectrum.bottom
+    widths = [
+        ((end.high or 0.0) - (end.low or 0.0)) / outside if outside > 0 else 0.0
+        for end in (top, bottom)
+    ]
+    return (
+        f"above the exact limit: {products} products bound λ_max to {widths[0]:.0e} and λ_min to "
+        f"{widths[1]:.0e} of ‖H‖ (wanted: {budget.tolerance:.0e})"
+    )
+
+
+def _kappa_notes(kappa: Quantity, spectrum: RitzSpectrum, *, density: bool) -> list[str]:
+    notes = []
+    if kappa.status == "lower-bound":
+        notes.append("κ has no upper bound: nothing certifies a gap between 0 and the rest")
+    elif kappa.status == "unresolved":
+        notes.append(
+            "κ is unresolved: no Ritz pair proves a positive eigenvalue apart from zero; "
+            "more --steps may"
+        )
+    if not density:
+        notes.append("κ at the median needs the density: --density, 600 products more")
+    return notes

@@ -1,0 +1,39 @@
+"""The table of measured coverage in docs/concepts/certificates.md: ``make bench-coverage``."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+import interval_draws
+
+
+def main() -> None:
+    draws = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
+    power = "power" in sys.argv
+    claims: defaultdict[str, int] = defaultdict(int)
+    misses: defaultdict[str, float] = defaultdict(float)
+    worst: dict[str, tuple[float, str]] = {}
+    level: dict[str, float] = {}
+    for name in interval_draws.SPECTRA:
+        for record in interval_draws.measure(name, draws, power=power):
+            kind = record.kind.split()[0] if record.kind.startswith("forecast") else record.kind
+            claims[kind] += record.claims
+            misses[kind] += record.misses
+            level[kind] = min(record.confidence, level.get(kind, 1.0))
+            worst[kind] = min(
+                (1 - record.misses / record.claims, name), worst.get(kind, (1.0, name))
+            )
+        print(name, file=sys.stderr)
+    print("| interval | says | held, all spectra | held, worst spectrum | claims |")
+    print("|---|---|---|---|---|")
+    for kind, count in claims.items():
+        held, (least, name) = 1 - misses[kind] / count, worst[kind]
+        print(f"| {kind} | {level[kind]:g} | {held:.4f} | {least:.4f} ({name}) | {count} |")
+
+
+if __name__ == "__main__":
+    main()
