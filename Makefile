@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench bench-large bench-coverage clean
 
 demo: $(VENV)/.demo
 	mkdir -p demo-output
@@ -23,6 +23,12 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python tests/bench/products.py
+
+bench-large: $(VENV)/.test
+	$(BIN)/python tests/bench/large.py
+
+bench-coverage: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/coverage.py
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hessdiag.analysis import analyze as analyze
     from hessdiag.quantity import Quantity as Quantity
     from hessdiag.run import Run as Run
-    from hessdiag.store.read import read_run as open_run
+    from hessdiag.store.journal import open_run as open_run
     from hessdiag.task import Task as Task
 
 _LAZY = {
@@ -22,7 +22,7 @@ _LAZY = {
     "Run": ("hessdiag.run", "Run"),
     "Task": ("hessdiag.task", "Task"),
     "analyze": ("hessdiag.analysis", "analyze"),
-    "open_run": ("hessdiag.store.read", "read_run"),
+    "open_run": ("hessdiag.store.journal", "open_run"),
 }
 
 __all__ = ["Quantity", "Run", "Task", "__version__", "analyze", "open_run"]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +11,26 @@ import torch
 from torch import Tensor, nn
 
 import hessdiag
-from hessdiag.blocks import WHOLE, Block, find_blocks
+from hessdiag.blocks import find_blocks
 from hessdiag.checkpoint import Checkpoint, match_weights, read_checkpoint
 from hessdiag.checkpoint.optimizer import OptimizerState, map_optimizer
 from hessdiag.curvature.loan import bare, exact_arithmetic, loan
 from hessdiag.curvature.objective import Objective
 from hessdiag.data import halves, load_batches
-from hessdiag.errors import HessdiagError, InputError, OptionError, is_out_of_memory
-from hessdiag.fingerprint import check_same, hash_tensors, make_fingerprint
+from hessdiag.errors import InputError, OptionError
+from hessdiag.fingerprint import hash_tensors, make_fingerprint
 from hessdiag.names import clean_name
 from hessdiag.network import Network
 from hessdiag.options import Options, make_options
 from hessdiag.progress import Event, Report
 from hessdiag.provenance import environment
-from hessdiag.quantity import Quantity
-from hessdiag.run import BlockResult, Provenance, Run, Value, VariantResult
+from hessdiag.resume import Begun, begin, now, tell_left
+from hessdiag.rows import Rows
+from hessdiag.run import Provenance, Run
 from hessdiag.selfcheck import run_selfchecks
-from hessdiag.solve import skipped_fields
-from hessdiag.store.read import is_run, read_run
+from hessdiag.store.folder import check_folder
 from hessdiag.store.write import check_target
 from hessdiag.task import Task, as_loss, units
-
-# What a block may die of without taking the others along.
-FAILURES = (HessdiagError, ArithmeticError, ValueError, RuntimeError, MemoryError)
 
 
 def _silent(_event: Event) -> None:
@@ -59,16 +54,19 @@ def analyze(
         checkpoint: File (or one already read) whose weights are loaded for the analysis; None
             takes the model's present ones.
         output: HDF5 file to write; None writes none. An identical finished run there is
-            returned as it is.
+            returned as it is; an unfinished one goes on after its finished blocks.
         trust: Allow a checkpoint that is a pickled module, which runs code when it is loaded.
-        force: Analyse again, and overwrite the run at ``output``.
+        force: Analyse again, and overwrite the run at ``output``. An unfinished analysis is begun
+            anew, unless it is the same and was begun with ``force`` too.
         report: Called with an :class:`Event` now and then.
         **options: Those of the command line, with underscores; see
             :class:`hessdiag.options.Options`.
     Returns:
         The run. The model is bit for bit what it was.
     Raises:
-        HessdiagError: One of the tree in :mod:`hessdiag.errors`, each with its remedy.
+        HessdiagError: One of the tree in :mod:`hessdiag.errors`, each with its remedy. Whatever
+            ends the analysis, KeyboardInterrupt too, finished blocks are kept at ``output``, and
+            a note of the exception says so.
     Cost:
         n products for a block of n ≤ ``exact_limit`` parameters (the whole network's serve all
         its layers), at most ``steps`` for a larger one; about 14 products of self-checks and 8
@@ -79,14 +77,19 @@ def analyze(
     chosen = make_options(**options)
     if isinstance(checkpoint, (str, Path)):
         checkpoint = read_checkpoint(checkpoint, trust=trust)
-    if output is not None:
+    target = None if output is None else Path(output)
+    if target is not None:
         # A run that is there may be this very one, so only what can never be written is refused.
-        check_target(output, force=True)
+        check_target(target, force=True)
+        check_folder(target)
     analysis = Analysis(task, chosen, checkpoint, report or _silent)
-    run = analysis.run(Path(output) if output is not None else None, force=force)
-    if output is not None and not analysis.reprinted:
-        run.save(output, force=force or analysis.redone)
-    return run
+    try:
+        return analysis.run(target, force=force)
+    except BaseException as error:
+        analysis.note_kept(error)
+        raise
+    finally:
+        analysis.release()
 
 
 @dataclass
@@ -98,13 +101,33 @@ class Analysis:
     checkpoint: Checkpoint | None
     report: Report
     warnings: list[str] = field(default_factory=list)
-    engines: dict[str, str] = field(default_factory=dict)
-    timings: dict[str, float] = field(default_factory=dict)
-    failed: list[str] = field(default_factory=list)
-    reprinted: bool = False
-    redone: bool = False
+    started: float = field(default_factory=time.monotonic)
+    begun: Begun | None = None
 
     def run(self, output: Path | None, *, force: bool) -> Run:
+        """The stored run, or a new one, which is stored block by block."""
+        found, rows = self._on_loan(output, force=force)
+        if output is not None and rows is not None and rows.journal is not None:
+            left = rows.journal.finish(
+                found,
+                force=self.begun is not None and self.begun.replace,
+                keep_matrix=bool(rows.failed),
+            )
+            tell_left(self.report, output, left)
+        return found
+
+    def note_kept(self, error: BaseException) -> None:
+        """Tell in a note of ``error`` that finished blocks are kept, where there are any."""
+        kept = self.begun.journal.kept() if self.begun and self.begun.journal else None
+        if kept:
+            error.add_note(kept)
+
+    def release(self) -> None:
+        """Let another process write to the same output."""
+        if self.begun is not None and self.begun.journal is not None:
+            self.begun.journal.release()
+
+    def _on_loan(self, output: Path | None, *, force: bool) -> tuple[Run, Rows | None]:
         """Everything between the loan of the model and its return."""
         options = self.options
         model = bare(self.task.model)
@@ -128,7 +151,7 @@ class Analysis:
                 seed=options.seed,
                 order_matters=has_batch_statistics(model),
             )
-            self.warnings += batches.notices
+            self.warnings += [*self.task.notices, *batches.notices]
             objective = Objective(model, as_loss(self.task), batches)
             network = Network(model, objective, options, self.report)
             if has_batch_statistics(model) and len(batches.items) > 1:
@@ -141,13 +164,13 @@ class Analysis:
             fingerprint = make_fingerprint(
                 self.task, weights, batches, optimizer, loss, device.type, options
             )
-            stored = _stored_run(output, fingerprint, force=force)
-            if stored is not None and not stored.provenance.environment.get("failed"):
-                self.reprinted = True
-                return stored
-            # The same analysis with blocks that failed is not complete: it is done again.
-            self.redone = stored is not None
             wanted = [block for block in blocks if block.skipped is None]
+            config = self._config(str(device))
+            self.begun = begin(
+                output, fingerprint, config, wanted, options, self.report, force=force
+            )
+            if self.begun.run is not None:
+                return self.begun.run, None
             names = list(dict.fromkeys(name for block in wanted for name in block.parameters))
             self.report(Event(message="self-checks"))
             checks = run_selfchecks(
@@ -158,23 +181,27 @@ class Analysis:
             network.prepare(
                 loss, checks, [Objective(model, objective.loss, p) for p in parts or ()]
             )
-            results = tuple(self._rows(network, blocks))
+            if options.max_seconds is not None:
+                network.deadline = self.started + options.max_seconds
+            rows = Rows(network, self.begun.finished, self.begun.journal)
+            results = rows.compute(blocks)
             record = environment(
-                device, switches, checks.to_json(), self.engines, self.timings, self.failed
+                device, switches, checks.to_json(), rows.engines, rows.timings, rows.failed
             )
             record["optimizer"] = _optimizer_record(optimizer)
-        return Run(
+        run = Run(
             blocks=results,
             variants=options.variants,
             provenance=Provenance(
-                config=self._config(str(device)),
+                config=config,
                 environment=record,
                 fingerprint=fingerprint,
                 warnings=self.warnings,
             ),
-            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            created_at=now(),
             hessdiag_version=hessdiag.__version__,
         )
+        return run, rows
 
     def _config(self, device: str) -> dict[str, Any]:
         options = self.options
@@ -182,6 +209,7 @@ class Analysis:
         return config | {
             "task": self.task.name or type(bare(self.task.model)).__name__,
             "checkpoint": self.checkpoint.path.name if self.checkpoint else None,
+            "step": self.checkpoint.step if self.checkpoint else None,
             "mode": self.task.mode,
             "device": device,
             "variants": list(options.variants),
@@ -214,55 +242,6 @@ class Analysis:
         matched = match_weights(self.checkpoint, model)
         self.warnings += [*self.checkpoint.notices, *matched.notices]
         model.load_state_dict(matched.weights, strict=False)
-
-    def _rows(self, network: Network, blocks: list[Block]) -> Iterator[BlockResult]:
-        """The blocks' rows; the whole network is solved first, for its matrix serves all."""
-        order = sorted(range(len(blocks)), key=lambda i: (blocks[i].name != WHOLE, i))
-        done: dict[int, BlockResult] = {}
-        for position, index in enumerate(order):
-            block = blocks[index]
-            started = time.perf_counter()
-            result = self._row(network, block, position + 1, len(blocks))
-            self.timings[block.name] = time.perf_counter() - started
-            done[index] = BlockResult(block.name, block.parameters, {"raw": result})
-        network.matrix = None
-        return iter([done[index] for index in range(len(blocks))])
-
-    def _row(self, network: Network, block: Block, index: int, count: int) -> VariantResult:
-        started = time.perf_counter()
-        fixed: dict[str, Value] = {
-            "size": block.size,
-            "skipped": block.skipped,
-            "same_function": True,
-            "dtype": self.options.dtype,
-            "products": 0,
-            "seconds": 0.0,
-            "half_ratio": Quantity.absent(),
-            "diagonal_gap": Quantity.absent(),
-            "source": None,
-            "optimizer_class": None,
-            "zero_state": 0,
-            "symmetries": [],
-            "off_diagonality": None,
-        }
-        if block.skipped is not None:
-            return VariantResult(skipped_fields() | fixed)
-        try:
-            solved, products = network.solve(block, index, count, self.engines)
-        except FAILURES as error:
-            self.failed.append(block.name)
-            reason = " ".join(f"failed: {type(error).__name__}: {error}".split())
-            if is_out_of_memory(error):
-                reason = "failed: out of memory; lower --exact-limit or --memory-budget"
-            return VariantResult(skipped_fields() | fixed | {"skipped": reason})
-        try:
-            fixed["half_ratio"] = network.half_ratio(block, solved)
-        except FAILURES as error:
-            fixed["half_ratio"] = Quantity.unresolved()
-            self.warnings.append(f"half_ratio of {block.name} failed: {error}")
-        fixed["products"] = products
-        fixed["seconds"] = time.perf_counter() - started
-        return VariantResult(fixed | solved.values, solved.spectrum, solved.rows)
 
 
 def _optimizer_record(state: OptimizerState | None) -> dict[str, Any] | None:
@@ -297,16 +276,3 @@ def has_batch_statistics(model: nn.Module) -> bool:
         isinstance(module, kinds) and (module.training or module.running_mean is None)
         for module in model.modules()
     )
-
-
-def _stored_run(output: Path | None, fingerprint: dict[str, Any], *, force: bool) -> Run | None:
-    """The finished run at ``output`` when it is this one; None to analyse.
-
-    Raises:
-        StoreError: Another analysis is there, and ``force`` is not set.
-    """
-    if output is None or force or not is_run(output):
-        return None
-    stored = read_run(output)
-    check_same(stored.provenance.fingerprint, fingerprint, output)
-    return stored

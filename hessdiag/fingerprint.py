@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +13,13 @@ from torch import Tensor, nn
 from hessdiag.checkpoint.optimizer import OptimizerState
 from hessdiag.curvature.loan import bare
 from hessdiag.data import Batches, tensor_bytes
-from hessdiag.errors import StoreError
 from hessdiag.names import named_parameters
 from hessdiag.options import EXACT_LIMIT, Options
 from hessdiag.task import Task
 
-# Options that change no number; device enters by its type.
-NEUTRAL = {"engine", "memory_budget", "device"}
+# Options that change no number; device enters by its type, and a row that max_seconds cut short
+# says so in its notes.
+NEUTRAL = {"engine", "memory_budget", "device", "max_seconds"}
 
 
 def make_fingerprint(
@@ -50,28 +49,6 @@ def make_fingerprint(
     if fields["exact_limit"] is None:
         fields["exact_limit"] = EXACT_LIMIT[device_type]
     return fields
-
-
-def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
-    """Refuse to take the stored run at ``path`` for the wanted one.
-
-    Raises:
-        StoreError: They differ; the message names the fields.
-    """
-    differing = [name for name in wanted if not _same(stored.get(name), wanted[name])]
-    if differing:
-        raise StoreError(
-            f"{path} holds another analysis: {', '.join(differing)} "
-            f"{'differs' if len(differing) == 1 else 'differ'}; "
-            "write to another file with -o, or overwrite it with --force (force=True)"
-        )
-
-
-def _same(stored: Any, wanted: Any) -> bool:
-    if isinstance(wanted, float) and isinstance(stored, (int, float)):
-        # The same loss summed in another order of batches.
-        return abs(stored - wanted) <= 1e-12 * abs(wanted)
-    return bool(stored == wanted)
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -18,8 +18,15 @@ EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
 
-class Terminated(BaseException):
-    """SIGTERM came; nothing on the way out may take it for an ordinary error."""
+PATIENCE = 3  # that many Ctrl-C end the process at once
+
+
+class Stopped(BaseException):
+    """A signal came; nothing on the way out may take it for an ordinary error."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
 
 
 def exit_code(error: BaseException) -> int:
@@ -35,11 +42,7 @@ def exit_code(error: BaseException) -> int:
 
 def main() -> None:
     """Run the command line; never shows a traceback unless ``--debug`` asks for it."""
-
-    def terminate(_signal: int, _frame: FrameType | None) -> None:
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, terminate)
+    _catch_signals()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A name or a κ that the terminal's encoding lacks must not cost the result.
@@ -52,13 +55,34 @@ def main() -> None:
         # The reader of stdout is gone (`| head`); there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
-    except Terminated:
-        raise SystemExit(EXIT_TERMINATED) from None
+    except Stopped as stopped:
+        console.notice(_message(stopped).replace("\n", "; "))
+        raise SystemExit(stopped.code) from None
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in sys.argv:
             raise
         console.fail(_message(error))
         raise SystemExit(exit_code(error)) from None
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # the exit code is known
+
+
+def _catch_signals() -> None:
+    """SIGINT and SIGTERM end the work once; later ones leave the way out alone."""
+    seen: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        code = EXIT_TERMINATED if number == signal.SIGTERM else EXIT_INTERRUPTED
+        seen.append(number)
+        if len(seen) >= PATIENCE:
+            os._exit(code)  # whatever hangs: finished blocks are on the disk
+        if len(seen) == 1:
+            raise Stopped(code)
+
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGINT, stop)
 
 
 def _name(error: BaseException) -> str:
@@ -66,8 +90,15 @@ def _name(error: BaseException) -> str:
 
 
 def _message(error: BaseException) -> str:
+    """What went wrong, and what its notes add."""
+    return "\n".join([_reason(error), *getattr(error, "__notes__", [])])
+
+
+def _reason(error: BaseException) -> str:
     if isinstance(error, HessdiagError):
         return str(error)
+    if isinstance(error, Stopped):
+        return "terminated" if error.code == EXIT_TERMINATED else "interrupted"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if exit_code(error) == EXIT_RESOURCES:

@@ -21,17 +21,17 @@ def show(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Print the table of a stored run.
+    """Print the table of a stored run; of an unfinished one, what is done so far.
 
     Example: hessdiag show model.h5
     """
     import difflib
 
     from hessdiag.errors import OptionError
-    from hessdiag.store import read_run
+    from hessdiag.store import open_run
     from hessdiag.tables import summary_table
 
-    found = read_run(run)
+    found = open_run(run)
     if variant is not None and variant not in found.variants:
         near = difflib.get_close_matches(variant, found.variants, n=1)
         hint = f"did you mean {near[0]}? " if near else ""

@@ -23,11 +23,12 @@ def validate(
     Example: hessdiag validate model.h5
     """
     from hessdiag.errors import StoreError
-    from hessdiag.store import read_run, validate_run
+    from hessdiag.store import is_unfinished, open_run, validate_run
     from hessdiag.store.schema import FORMAT, VERSION
 
+    unfinished = is_unfinished(run)
     problems = validate_run(run)
-    found = None if problems else read_run(run)
+    found = None if problems else open_run(run)
     if json:
         import json as encoder
 
@@ -38,6 +39,7 @@ def validate(
             "version": VERSION,
             "blocks": None if found is None else len(found.blocks),
             "variants": None if found is None else len(found.variants),
+            "unfinished": unfinished,
             "problems": problems,
         }
         console.emit(encoder.dumps(document, ensure_ascii=False))
@@ -46,6 +48,7 @@ def validate(
         console.emit(
             f"valid {FORMAT} {VERSION}: {blocks} block{'s' * (blocks != 1)}, "
             f"{variants} variant{'s' * (variants != 1)}"
+            f"{'; unfinished: the same analyze resumes' * unfinished}"
         )
     else:
         console.emit("\n".join(problems))

@@ -33,9 +33,9 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 def is_run(path: str | Path) -> bool:
     """Whether ``path`` is a readable HDF5 file that calls itself a run, of whatever version."""
-    if not Path(path).is_file():
-        return False
     try:
+        if not Path(path).is_file():
+            return False
         check_seal(Path(path))
         with h5py.File(path, "r", locking=False) as file:
             return bool(file.attrs.get("encoding-type") == FORMAT)
@@ -52,7 +52,11 @@ def run_file(path: str | Path) -> Iterator[h5py.File]:
         UnknownSchema: Another major version wrote it.
     """
     path = Path(path)
-    if not path.exists():
+    try:
+        there = path.exists()
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{str(path)[:100]} is no path of a file ({error})") from error
+    if not there:
         raise StoreError(f"{path} does not exist; `hessdiag analyze` writes run files")
     if not path.is_file():
         raise StoreError(f"{path} is not a file; name the .h5 file of a run")

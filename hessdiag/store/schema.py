@@ -212,6 +212,11 @@ SPECTRUM: tuple[Dataset, ...] = (
     Dataset("ritz_value", ("ritz_index",), LOSS, "Ritz values, ascending"),
     Dataset("ritz_weight", ("ritz_index",), NONE, "squared first component of each Ritz vector"),
     Dataset("ritz_bound", ("ritz_index",), LOSS, "distance of each to the spectrum, at most"),
+    Dataset("density_grid", ("density_index",), LOSS, "eigenvalues at which the density is given"),
+    Dataset("density", ("density_index",), "loss-1", "smoothed density of the eigenvalues, area 1"),
+    Dataset("density_stderr", ("density_index",), "loss-1", "its error by the random probes"),
+    Dataset("density_width", (), LOSS, "standard deviation of the smoothing"),
+    Dataset("density_resolution", (), LOSS, "eigenvalue below which Lanczos tells nothing apart"),
     Dataset("vector_value", ("vector_index",), LOSS, "eigenvalues of the stored eigenvectors"),
     Dataset("vector", ("vector_index", "parameter"), NONE, "a few extreme eigenvectors, by row"),
 )

@@ -16,9 +16,26 @@ MARK = b"hessdiag-sha256:"
 LENGTH = len(MARK) + hashlib.sha256().digest_size
 
 
-def seal(content: bytes | memoryview) -> bytes:
-    """What to append to ``content``."""
-    return MARK + hashlib.sha256(content).digest()
+def seal(*content: bytes | memoryview) -> bytes:
+    """What to append to ``content``, which may come in pieces."""
+    digest = hashlib.sha256()
+    for piece in content:
+        digest.update(piece)
+    return MARK + digest.digest()
+
+
+def unsealed(content: memoryview) -> memoryview:
+    """``content`` without its seal.
+
+    Raises:
+        ValueError: It carries none, or one of other content.
+    """
+    body, mark = content[:-LENGTH], content[-LENGTH:]
+    if mark[: len(MARK)] != MARK:
+        raise ValueError("it does not end in its checksum")
+    if mark != seal(body):
+        raise ValueError("its content does not match its checksum")
+    return body
 
 
 def check_seal(path: Path) -> None:

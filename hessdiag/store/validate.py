@@ -12,6 +12,7 @@ import h5py
 
 from hessdiag.quantity import STATUSES, Quantity
 from hessdiag.run import VariantResult
+from hessdiag.store.journal import is_unfinished, open_run
 from hessdiag.store.read import load, read_run, run_file
 from hessdiag.store.schema import (
     ARRAYS,
@@ -44,6 +45,8 @@ NEEDED: dict[str | None, tuple[frozenset[str], frozenset[str]]] = {
 def validate_run(path: str | Path) -> list[str]:
     """Every way in which the file departs from its format, one sentence each; empty when valid.
 
+    Of an unfinished run the parts are looked into.
+
     Groups and datasets that the schema does not name are allowed, but must carry units and a
     long name like all others.
 
@@ -51,11 +54,15 @@ def validate_run(path: str | Path) -> list[str]:
         StoreError: The file is no run or too damaged to be looked into.
         UnknownSchema: Another major version wrote it.
     """
-    with run_file(path) as file:
-        problems = [*_structure(file)]
-    if problems:
-        return problems
-    run = read_run(path)
+    if is_unfinished(path):
+        run = open_run(path)
+    else:
+        with run_file(path) as file:
+            problems = [*_structure(file)]
+        if problems:
+            return problems
+        run = read_run(path)
+    problems = []
     for block in run.blocks:
         for variant, result in block.variants.items():
             where = f"block {block.name!r}, variant {variant!r}"

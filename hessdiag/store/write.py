@@ -24,7 +24,7 @@ from hessdiag.run import Run
 from hessdiag.store.atomic import replace_file
 from hessdiag.store.cells import encode
 from hessdiag.store.document import finite
-from hessdiag.store.read import is_run
+from hessdiag.store.read import is_run, read_run
 from hessdiag.store.schema import (
     ARRAYS,
     AXES,
@@ -46,7 +46,9 @@ TEXT = h5py.string_dtype()
 STORED: dict[Dtype, Any] = {"float": np.float64, "int": np.int64, "bool": np.int8, "text": TEXT}
 
 
-def write_run(run: Run, path: str | Path, *, force: bool = False) -> None:
+def write_run(
+    run: Run, path: str | Path, *, force: bool = False, scratch: Path | None = None
+) -> None:
     """Write ``run`` to ``path``; an existing file is whole until the new one takes its place.
 
     Args:
@@ -54,6 +56,7 @@ def write_run(run: Run, path: str | Path, *, force: bool = False) -> None:
         path: A file in an existing folder. A symbolic link is refused, with or without
             ``force``: neither the link nor what it points to is replaced behind its name.
         force: Replace an existing run. A file that is no run is never replaced.
+        scratch: Folder for the temporary file; None takes that of ``path``.
 
     Raises:
         StoreError: ``path`` is taken, or its folder cannot be written.
@@ -69,7 +72,17 @@ def write_run(run: Run, path: str | Path, *, force: bool = False) -> None:
         raise OutOfResources(
             f"not enough memory to lay out {path}; close other programs, or analyse fewer blocks"
         ) from error
-    replace_file(path, content)
+
+    def reads_back(temporary: Path) -> None:
+        try:
+            read_run(temporary)
+        except StoreError as error:
+            raise StoreError(
+                f"what was written for {path} does not read back ({error}); "
+                f"check the disk, or choose another place with -o/--output"
+            ) from error
+
+    replace_file(path, content, scratch=scratch, check=reads_back)
 
 
 def check_target(path: str | Path, *, force: bool) -> None:
@@ -79,11 +92,7 @@ def check_target(path: str | Path, *, force: bool) -> None:
         StoreError: ``path`` is taken, or its folder does not exist.
     """
     path = Path(path)
-    if path.is_symlink():
-        raise StoreError(
-            f"{path} is a symbolic link to {path.readlink()}; name the file itself, "
-            f"so that nothing is replaced by surprise"
-        )
+    refuse_link(path)
     if not path.parent.is_dir():
         raise StoreError(
             f"the folder of {path} does not exist; create it, or choose another place "
@@ -93,13 +102,32 @@ def check_target(path: str | Path, *, force: bool) -> None:
         return
     if not is_run(path):
         raise StoreError(
-            f"{path} exists and is not a hessdiag run, so it is not replaced; "
+            f"{path} exists and is not a hessdiag run, or a damaged one, so it is not replaced; "
             f"choose another name with -o/--output, or remove it yourself"
         )
     if not force:
         raise StoreError(
             f"{path} exists; replace it with --force (force=True), or choose another name "
             f"with -o/--output"
+        )
+
+
+def refuse_link(path: Path) -> None:
+    """Refuse a ``path`` that is a symbolic link, or no path at all.
+
+    Raises:
+        StoreError: It is one; or the system takes no such path.
+    """
+    try:
+        linked = path.is_symlink()
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"{str(path)[:100]} is no path of a file ({error}); choose another with -o/--output"
+        ) from error
+    if linked:
+        raise StoreError(
+            f"{path} is a symbolic link to {path.readlink()}; name the file itself, "
+            f"so that nothing is replaced by surprise"
         )
 
 

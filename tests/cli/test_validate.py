@@ -38,6 +38,7 @@ def test_a_valid_run_as_json(stored, capsys):
         "version": "1.0.0",
         "blocks": 3,
         "variants": 1,
+        "unfinished": False,
         "problems": [],
     }
 

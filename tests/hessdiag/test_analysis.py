@@ -170,12 +170,13 @@ def test_damping_is_absolute_and_touches_one_field():
     assert damped["kappa"] == plain["kappa"]
 
 
-def test_steps_bound_the_products_above_the_exact_limit():
+def test_steps_bound_the_products_for_the_ends_above_the_exact_limit():
     matrix = quadratics.turned(torch.linspace(1.0, 30.0, 30, dtype=DOUBLE))
     for steps in (1, 5, 12):
         found = quadratics.analyse(matrix, exact_limit=0, steps=steps)
-        assert found["products"] == steps
+        assert found["products"] == steps + 20 + 20  # forecast, probes
         assert len(found.spectrum["ritz_value"]) == steps
+    assert quadratics.analyse(matrix, exact_limit=0, steps=5, probes=7)["products"] == 5 + 20 + 7
 
 
 def test_the_exact_limit_is_the_largest_block_that_is_solved():
@@ -184,17 +185,56 @@ def test_the_exact_limit_is_the_largest_block_that_is_solved():
     assert quadratics.analyse(matrix, exact_limit=2)["method"] == "lanczos"
 
 
-def test_above_the_exact_limit_the_ends_are_bounds_that_hold_and_the_rest_is_unresolved():
-    matrix = quadratics.turned(torch.linspace(0.5, 50.0, 40, dtype=DOUBLE))
+def test_above_the_exact_limit_every_field_is_certified_or_says_that_it_is_not():
+    matrix = quadratics.turned(torch.linspace(-10.0, 50.0, 120, dtype=DOUBLE))
     found = quadratics.analyse(matrix, exact_limit=0)
-    assert 50 * (1 - 1e-8) <= found["lambda_max"].low <= 50 + 1e-12
-    assert found["lambda_min"].high >= 0.5 - 1e-12
+    assert found["lambda_max"].low <= 50 + 1e-12 <= found["lambda_max"].high + 2e-12
+    assert found["lambda_min"].low - 1e-12 <= -10 <= found["lambda_min"].high + 1e-12
     assert (found["kappa"].status, found["kappa"].high) == ("lower-bound", None)
-    assert 1 <= found["kappa"].low <= 100 * (1 + 1e-12)
-    for name in ("n_positive", "trace", "frobenius", "stable_rank", "negative_mass"):
+    for name in ("trace", "frobenius", "stable_rank", "negative_depth"):
+        assert found[name].status == "interval", name
+    for name in ("n_positive", "n_zero", "negative_mass"):
         assert found[name] == Quantity.unresolved(), name
-    assert set(found["forecast_positive"].values()) == {Quantity.unresolved()}
-    assert found["notes"]
+    assert {q.status for q in found["kappa_quantile"].values()} == {"unresolved"}
+    assert {q.status for q in found["forecast_positive"].values()} == {"estimate"}
+    assert any("--density" in note for note in found["notes"])
+
+
+def test_options_of_larger_blocks_reach_them():
+    matrix = quadratics.turned(torch.linspace(1.0, 30.0, 30, dtype=DOUBLE))
+    power = quadratics.analyse(matrix, exact_limit=0, eigensolver="power")
+    assert (power["method"], len(power.spectrum["ritz_value"])) == ("power", 2)
+    loose = quadratics.analyse(matrix, exact_limit=0, tolerance=0.5, probes=0)
+    tight = quadratics.analyse(matrix, exact_limit=0, tolerance=1e-6, probes=0)
+    assert loose["products"] < tight["products"]
+    dense = quadratics.analyse(matrix, exact_limit=0, density=True)
+    assert dense["kappa_quantile"]["0.5"].status == "estimate"
+    assert {"density", "density_grid", "density_resolution"} <= set(dense.spectrum)
+
+
+def test_power_iteration_stands_in_where_the_krylov_basis_does_not_fit():
+    matrix = quadratics.turned(torch.linspace(1.0, 30.0, 30, dtype=DOUBLE))
+    found = quadratics.analyse(matrix, exact_limit=0, memory_budget=40 * 30 * 8 - 1)
+    assert found["method"] == "power"
+    assert any("Krylov basis" in note for note in found["notes"])
+    fits = quadratics.analyse(matrix, exact_limit=0, memory_budget=40 * 30 * 8)
+    assert fits["method"] == "lanczos"
+
+
+def test_weight_decay_on_a_convex_gauss_newton_closes_kappa():
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(60, 8), torch.randint(0, 3, (60,))
+    task = Task(nn.Linear(8, 3), [(inputs, targets)], nn.CrossEntropyLoss())
+    options = {"curvature": "ggn", "weight_decay": 1e-3, "blocks": "whole"}
+    truth = analyze(task, **options)["whole"].variants["raw"]["kappa"].value
+    found = analyze(task, exact_limit=0, **options)["whole"].variants["raw"]
+    assert found["kappa"].status == "interval"
+    assert found["kappa"].low <= truth <= found["kappa"].high
+    assert found["lambda_min"].low >= 1e-3
+    bent = Task(task.model, task.data, lambda m, b: (m(b[0]).sigmoid() ** 2).mean())
+    unknown = analyze(bent, exact_limit=0, **options)["whole"].variants["raw"]
+    assert unknown["kappa"].status == "lower-bound"
+    assert any("convex" in note for note in unknown["notes"])
 
 
 def test_the_bus_network_is_never_given_more_than_its_condition_number():

@@ -196,3 +196,10 @@ def test_the_run_of_schema_1_0_0_is_still_read(tmp_path):
     shutil.copy(stored, tmp_path / "copy.h5")
     write_run(run, tmp_path / "copy.h5", force=True)
     assert read_run(tmp_path / "copy.h5").to_dict() == run.to_dict()
+
+
+@pytest.mark.parametrize("name", ["x" * 4000, "null\0inside"])
+def test_a_name_that_no_file_can_have_is_a_store_error(name, tmp_path):
+    with pytest.raises(StoreError, match="is no path of a file|does not exist"):
+        read_run(tmp_path / name)
+    assert not is_run(tmp_path / name)

@@ -185,6 +185,21 @@ def test_a_disk_that_refuses_leaves_nothing_behind(
     assert [item.name for item in small_file.parent.iterdir()] == ["run.h5"]
 
 
+def test_what_does_not_read_back_never_takes_the_place_of_a_run(runs, small_file, monkeypatch):
+    before, fsync = small_file.read_bytes(), os.fsync
+
+    def spoiled(descriptor):
+        os.pwrite(descriptor, b"XXXX", 2000)
+        fsync(descriptor)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(atomic.os, "fsync", spoiled)
+        with pytest.raises(StoreError, match=r"run\.h5 does not read back .*check the disk"):
+            write_run(runs.rich_run(), small_file, force=True)
+    assert small_file.read_bytes() == before
+    assert [item.name for item in small_file.parent.iterdir()] == ["run.h5"]
+
+
 def test_an_interrupt_leaves_nothing_behind(runs, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
