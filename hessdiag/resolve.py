@@ -12,7 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from hessdiag.errors import TaskError
+from hessdiag.errors import OptionError, TaskError
+from hessdiag.huggingface.describe import PREFIX, describe, refusal
 from hessdiag.importing import guarded, import_file, import_named, on_path
 
 if TYPE_CHECKING:
@@ -33,11 +34,12 @@ class Resolution:
 
     Attributes:
         source: The rule that found it, in words.
-        reference: What it says, as ``FILE.py:NAME``, ``pkg.mod:NAME`` or ``demo:NAME``.
-        location: Path of the file, dotted name of the module, or name of the demo.
+        reference: What it says: ``FILE.py:NAME``, ``pkg.mod:NAME``, ``demo:NAME``, ``hf:KIND``.
+        location: Path of the file or directory, dotted name of the module, or name of the demo.
         name: What to take from there.
         folder: Where modules are looked up.
         arguments: ``--task-arg`` pairs.
+        build: Makes the task of a Hugging Face directory, where it is one.
     """
 
     source: str
@@ -46,6 +48,7 @@ class Resolution:
     name: str
     folder: Path
     arguments: Mapping[str, str] = field(default_factory=dict)
+    build: Callable[..., Task] | None = None
 
     def load(self) -> Task:
         """Run the user's code and take the task from it.
@@ -53,6 +56,10 @@ class Resolution:
         Raises:
             TaskError: The code raises, or there is no task in it; the message says where.
         """
+        if self.build is not None:
+            arguments = {key: parse_value(value) for key, value in self.arguments.items()}
+            _check_arguments(self.build, arguments, self.reference)
+            return self.build(**arguments)
         if self.reference.startswith(DEMO):
             return self._take(_demos()[self.name], None)
         with on_path(self.folder):
@@ -92,6 +99,7 @@ def resolve(
     environ: Mapping[str, str],
     checkpoint: Checkpoint | None = None,
     task_args: Mapping[str, str] | None = None,
+    data: Path | None = None,
 ) -> Resolution:
     """The first task that the documented order finds; no user code runs.
 
@@ -99,9 +107,13 @@ def resolve(
         TaskError: A reference is wrong; or there is none, and the message says what the
             checkpoint is and which commands would work.
     """
-    stored = checkpoint.task if checkpoint is not None else None
     found = find(
-        reference, cwd=cwd, environ=environ, checkpoint_task=stored, task_args=task_args or {}
+        reference,
+        cwd=cwd,
+        environ=environ,
+        checkpoint=checkpoint,
+        task_args=task_args,
+        data=data,
     )
     if found is None:
         raise TaskError(no_task_message(checkpoint))
@@ -113,8 +125,9 @@ def find(
     *,
     cwd: Path,
     environ: Mapping[str, str],
-    checkpoint_task: str | None = None,
+    checkpoint: Checkpoint | None = None,
     task_args: Mapping[str, str] | None = None,
+    data: Path | None = None,
 ) -> Resolution | None:
     """As :func:`resolve`; None when no rule applies.
 
@@ -122,10 +135,30 @@ def find(
         reference: What ``--task`` says.
         cwd: The working directory: the only place where files are looked for unasked.
         environ: For ``HESSDIAG_TASK``.
-        checkpoint_task: What the checkpoint says; only built-in names are taken from it.
+        checkpoint: Whose own word comes last: a built-in name, or a Hugging Face directory.
         task_args: ``--task-arg`` pairs.
+        data: Tokens for the task of a Hugging Face directory.
+
+    Raises:
+        TaskError: A reference is wrong.
+        OptionError: There are ``data``, and the task that was found brings its own.
     """
     given = task_args or {}
+    found = _said(reference, cwd, environ, given)
+    if found is None and checkpoint is not None:
+        found = _own_word(checkpoint, cwd, given, data)
+    if found is not None and data is not None and found.build is None:
+        raise OptionError(
+            f"--data is for Hugging Face directories, and the task {found.reference} "
+            f"({found.source}) brings its own data; leave --data out"
+        )
+    return found
+
+
+def _said(
+    reference: str | None, cwd: Path, environ: Mapping[str, str], given: Mapping[str, str]
+) -> Resolution | None:
+    """What the user says: on the command line, in the environment, in the working directory."""
     if reference is not None:
         return _parse(reference, "--task", cwd, given)
     if environ.get(VARIABLE):
@@ -136,14 +169,32 @@ def find(
             return _parse(configured, f"{file} of the working directory", cwd, given)
     if (cwd / TASK_FILE).is_file():
         return _parse(TASK_FILE, f"{TASK_FILE} of the working directory", cwd, given)
-    if checkpoint_task is None:
+    return None
+
+
+def _own_word(
+    checkpoint: Checkpoint, cwd: Path, given: Mapping[str, str], data: Path | None
+) -> Resolution | None:
+    """What the checkpoint says of itself; it never names code to run."""
+    asked = checkpoint.task
+    if asked is not None:
+        if not asked.startswith(DEMO):
+            raise TaskError(
+                f"the checkpoint asks for the task {asked!r}; only built-in tasks are taken "
+                "from a checkpoint, for the others say --task yourself"
+            )
+        return _parse(asked, "the checkpoint", cwd, given)
+    if checkpoint.config is None or refusal(checkpoint.config) is not None:
         return None
-    if not checkpoint_task.startswith(DEMO):
-        raise TaskError(
-            f"the checkpoint asks for the task {checkpoint_task!r}; only built-in tasks are taken "
-            "from a checkpoint, for the others say --task yourself"
-        )
-    return _parse(checkpoint_task, "the checkpoint", cwd, given)
+
+    def build(*, length: int | None = None) -> Task:
+        from hessdiag.huggingface.task import causal_lm_task
+
+        return causal_lm_task(checkpoint, data, length=length)
+
+    name = describe(checkpoint.config)
+    source = "the Hugging Face directory"
+    return Resolution(source, name, checkpoint.path, DEFAULT_NAME, cwd, given, build)
 
 
 def no_task_message(checkpoint: Checkpoint | None) -> str:
@@ -158,7 +209,7 @@ def no_task_message(checkpoint: Checkpoint | None) -> str:
         lines = [
             f"{path} is a {checkpoint.format} of {len(checkpoint.weights)} tensors with {count:,} "
             "values.",
-            "It does not say which network, data and loss it belongs to, and no task was found.",
+            _why_no_task(checkpoint),
             "",
             *(
                 f"  {name:<{width}}  {'×'.join(map(str, t.shape)) or 'scalar':<12}  "
@@ -178,6 +229,13 @@ def no_task_message(checkpoint: Checkpoint | None) -> str:
             f"  hessdiag analyze {path} --task FILE.py",
         ]
     )
+
+
+def _why_no_task(checkpoint: Checkpoint) -> str:
+    reason = None if checkpoint.config is None else refusal(checkpoint.config)
+    if reason is not None:
+        return f"No task can be made from it ({reason}), and no other was found."
+    return "It does not say which network, data and loss it belongs to, and no task was found."
 
 
 def parse_value(text: str) -> int | float | bool | str:
@@ -202,6 +260,11 @@ def _parse(reference: str, source: str, cwd: Path, arguments: Mapping[str, str])
                 f"there are {', '.join(DEMO + known for known in demos)}"
             )
         return Resolution(source, reference, name, name, cwd, arguments)
+    if reference.startswith(PREFIX):
+        raise TaskError(
+            f"{source} says {reference!r}, which is what hessdiag calls the task of a Hugging Face "
+            "directory: give that directory as the checkpoint, without --task"
+        )
     place, name = reference, DEFAULT_NAME
     if not reference.endswith(".py") and ":" in reference:
         place, name = reference.rsplit(":", 1)

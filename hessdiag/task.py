@@ -42,6 +42,7 @@ class Task:
             By default the rows, or the counted targets where targets can be ignored.
         mode: ``"eval"`` or ``"train"``, for dropout and BatchNorm.
         name: What tables call this task.
+        notices: What every table of a run of this task must say.
     """
 
     model: nn.Module
@@ -51,6 +52,7 @@ class Task:
     batch_size: Units | None = None
     mode: Literal["eval", "train"] = "eval"
     name: str | None = None
+    notices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_model(self.model)
@@ -67,6 +69,10 @@ class Task:
             raise TaskError(f'the task\'s mode must be "eval" or "train", not {self.mode!r}')
         if self.name is not None and not isinstance(self.name, str):
             raise TaskError(f"the task's name must be a string, not {_kind(self.name)}")
+        if not isinstance(self.notices, tuple) or not all(isinstance(n, str) for n in self.notices):
+            raise TaskError(
+                f"the task's notices must be a tuple of strings, not {_kind(self.notices)}"
+            )
 
 
 def as_loss(task: Task) -> Loss:

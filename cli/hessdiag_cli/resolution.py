@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def find_task(
-    checkpoint: Checkpoint, reference: str | None, arguments: Sequence[str]
+    checkpoint: Checkpoint,
+    reference: str | None,
+    arguments: Sequence[str],
+    data: Path | None = None,
 ) -> Resolution:
     """The task for a checkpoint by the documented order; no user code runs yet.
 
@@ -30,7 +33,42 @@ def find_task(
         environ=os.environ,
         checkpoint=checkpoint,
         task_args=parse_arguments(arguments),
+        data=data,
     )
+
+
+def look_for_task(
+    checkpoint: Checkpoint,
+    reference: str | None,
+    arguments: Sequence[str],
+    data: Path | None = None,
+) -> Resolution | None:
+    """As :func:`find_task`; None when there is none."""
+    from hessdiag.resolve import find
+
+    return find(
+        reference,
+        cwd=Path.cwd(),
+        environ=os.environ,
+        checkpoint=checkpoint,
+        task_args=parse_arguments(arguments),
+        data=data,
+    )
+
+
+def default_output(checkpoint: Path) -> Path:
+    """The run file of a checkpoint where no ``-o`` is given: in the working directory.
+
+    A directory gives its whole name, dots and all; an index of shards what is before its suffixes.
+    """
+    try:
+        if checkpoint.is_dir():
+            return Path(f"{checkpoint.resolve().name}.h5")
+    except OSError:  # reading it will say what is wrong
+        pass
+    name = checkpoint.name
+    stem = name.split(".")[0] if name.endswith(".index.json") else checkpoint.stem
+    return Path(f"{stem}.h5")
 
 
 def parse_arguments(arguments: Sequence[str]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ OPTIMIZER_KEYS = (
 )
 STEP_KEYS = ("step", "global_step", "iteration", "steps")
 EXTRA_STATE = "_extra_state"
+LIGHTNING = "pytorch-lightning_version"
+"""The key that every checkpoint of Lightning's Trainer has."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,14 @@ class Checkpoint:
     """A checkpoint on the CPU, in the names that its file uses.
 
     Attributes:
-        path: The file.
+        path: The file, or the directory.
         format: What the file is, in words for a person.
         weights: Every tensor of the network's state dict, by its name in the file.
         optimizer: The optimizer's raw ``state_dict()``, where there is one.
         task: The reference under ``hessdiag.task`` in the file; it is a stranger's word.
         step: Training steps done, where the file says.
+        config: The ``config.json`` of a Hugging Face directory; it is a stranger's word.
+        embedded: The network may be one part of what the file holds (Lightning).
         notices: What a user should know about how the file was read.
     """
 
@@ -58,6 +62,8 @@ class Checkpoint:
     optimizer: dict[str, Any] | None = None
     task: str | None = None
     step: int | None = None
+    config: dict[str, Any] | None = None
+    embedded: bool = False
     notices: list[str] = field(default_factory=list)
 
 
@@ -81,20 +87,23 @@ def interpret(loaded: object, path: Path, container: str) -> Checkpoint:
             f"{path} holds a {type(loaded).__name__}, not the weights of a network; "
             "save model.state_dict() with torch.save"
         )
-    if _is_optimizer(loaded):
+    if is_optimizer(loaded):
         raise CheckpointError(
             f"{path} holds an optimizer's state and no weights; save "
             '{"model": model.state_dict(), "optimizer": optimizer.state_dict()} with torch.save'
         )
     notices = []
-    key = _weights_key(loaded, path, notices)
+    lightning = LIGHTNING in loaded
+    key = (
+        _lightning_key(loaded, path, notices) if lightning else _weights_key(loaded, path, notices)
+    )
     if key is None:
         state: Mapping[Any, Any] = {k: v for k, v in loaded.items() if k != "hessdiag"}
         weights, name = _tensors(state, notices), "state dict"
     else:
         held = loaded[key]
         weights = _tensors(held.state_dict() if isinstance(held, nn.Module) else held, notices)
-        name = "training checkpoint"
+        name = "Lightning checkpoint" if lightning else "training checkpoint"
     if not weights:
         raise CheckpointError(
             f"{path} holds no weights (keys: {_listed(loaded)}); "
@@ -107,6 +116,7 @@ def interpret(loaded: object, path: Path, container: str) -> Checkpoint:
         optimizer=_optimizer(loaded, notices) if key is not None else None,
         task=_task(loaded),
         step=_step(loaded),
+        embedded=lightning,
         notices=notices,
     )
 
@@ -130,6 +140,18 @@ def _weights_key(loaded: Mapping[Any, Any], path: Path, notices: list[str]) -> A
     return key
 
 
+def _lightning_key(loaded: Mapping[Any, Any], path: Path, notices: list[str]) -> str:
+    """The key of the LightningModule's state, averaged if the WeightAveraging callback ran."""
+    if not _is_state_dict(loaded.get("state_dict")):
+        raise CheckpointError(
+            f"{path} is a Lightning checkpoint without weights (keys: {_listed(loaded)}); "
+            "save it again with trainer.save_checkpoint(FILE)"
+        )
+    if "current_model_state" in loaded:
+        notices.append("the weights are the running average that Lightning's WeightAveraging kept")
+    return "state_dict"
+
+
 def _is_state_dict(value: object) -> bool:
     """Flat, named, and at least one tensor: not an optimizer's state, which nests."""
     return (
@@ -139,7 +161,8 @@ def _is_state_dict(value: object) -> bool:
     )
 
 
-def _is_optimizer(value: object) -> bool:
+def is_optimizer(value: object) -> TypeGuard[Mapping[str, Any]]:
+    """Whether this is the ``state_dict()`` of a torch optimizer."""
     return isinstance(value, Mapping) and "state" in value and "param_groups" in value
 
 
@@ -171,7 +194,7 @@ def _optimizer(loaded: Mapping[Any, Any], notices: list[str]) -> dict[str, Any] 
             continue
         if len(found) > 1:
             notices.append(f"{key!r} holds {len(found)} optimizers; their state is not used")
-        elif _is_optimizer(found[0]):
+        elif is_optimizer(found[0]):
             return dict(found[0])
         else:
             notices.append(f"{key!r} holds no optimizer.state_dict(); it is not used")

@@ -1,26 +1,29 @@
-"""The names of a file made the names of a model; whatever does not fit is listed."""
+"""A file's tensors for each name of a model; whatever does not fit is listed."""
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
 
+from hessdiag.checkpoint.alignment import Alignment, align
 from hessdiag.checkpoint.contents import EXTRA_STATE, Checkpoint
 from hessdiag.errors import CheckpointError
 
-ANYWHERE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Components that torch's wrappers put into names, also of submodules."""
-
-PARALLEL = "module"
-"""What DataParallel and its kin put before every name; a submodule may be called so too."""
-
 COUNTER = "num_batches_tracked"
 """BatchNorm's counter; files from before torch 0.4.1 have none."""
+
+AVERAGED = "n_averaged"
+"""How many models torch's AveragedModel (SWA, EMA) has averaged, beside ``module.*``."""
+
+OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"attn\.masked_bias$")
+"""Buffers that transformers once stored, with what each model declares itself."""
 
 LISTED = 12
 
@@ -46,9 +49,14 @@ def match_weights(checkpoint: Checkpoint, model: nn.Module) -> Matched:
         for name, value in model.state_dict(keep_vars=True).items()
         if isinstance(value, Tensor) and name.rsplit(".", 1)[-1] != EXTRA_STATE
     }
-    renamed, removed = align(checkpoint.weights, target)
-    found = {renamed[name]: value for name, value in checkpoint.weights.items()}
-    notices = [f"removed {' and '.join(removed)} from the names in the file"] if removed else []
+    stored, notices = _without_count(checkpoint.weights, target)
+    alignment = align(stored, target, embedded=checkpoint.embedded, base=_base(model))
+    if alignment.rivals:
+        raise CheckpointError(_rivals(checkpoint, alignment.rivals))
+    notices += _renaming(alignment)
+    found = {new: stored[name] for name, new in alignment.renamed.items()}
+    found, dropped = _without_disregarded(found, target, model)
+    notices += dropped
 
     aliases: defaultdict[int, list[str]] = defaultdict(list)
     for name, value in target.items():
@@ -68,46 +76,65 @@ def match_weights(checkpoint: Checkpoint, model: nn.Module) -> Matched:
     return Matched(weights, notices)
 
 
-def align(names: Iterable[str], wanted: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """Rename ``names`` so that as many as possible are among ``wanted``, removing wrappers only.
-
-    Returns:
-        The new name of each, which is the model's own where it fits, and the prefixes that
-        were removed from the names in the file.
-    """
-    own, theirs = list(names), list(wanted)
-    best: dict[str, str] = {name: name for name in own}
-    best_score = len(set(own) & set(theirs))
-    removed: list[str] = []
-    for here in _unwrapped(own):
-        for there in _unwrapped(theirs):
-            back = dict(zip(there, theirs, strict=True))
-            score = len(set(here) & set(back))
-            if score > best_score and len(set(here)) == len(here) and len(back) == len(theirs):
-                best_score = score
-                best = {name: back.get(new, new) for name, new in zip(own, here, strict=True)}
-                removed = _removed(own, here)
-    return best, removed
+def _without_count(
+    weights: dict[str, Tensor], target: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights without AveragedModel's counter, unless the model is one itself."""
+    count = weights.get(AVERAGED)
+    averaged = count is not None and count.numel() == 1 and count.dtype == torch.int64
+    others = {name: value for name, value in weights.items() if name != AVERAGED}
+    if not averaged or AVERAGED in target or not all(n.startswith("module.") for n in others):
+        return weights, []
+    many = int(weights[AVERAGED])
+    return others, [f"the weights are an average over {many} models (torch's AveragedModel)"]
 
 
-def _unwrapped(names: Sequence[str]) -> Iterator[list[str]]:
-    """The names as they are, without wrappers, and without one, two, … common ``module.``."""
-    yield list(names)
-    bare = [".".join(part for part in name.split(".") if part not in ANYWHERE) for name in names]
-    yield bare
-    while bare and all(name.startswith(f"{PARALLEL}.") for name in bare):
-        bare = [name.removeprefix(f"{PARALLEL}.") for name in bare]
-        yield bare
+def _base(model: nn.Module) -> str:
+    """What files of a transformers model lack when they were saved without its head."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return f"{prefix}." if isinstance(prefix, str) and prefix else ""
 
 
-def _removed(before: Sequence[str], after: Sequence[str]) -> list[str]:
-    """The wrappers that are in some name before and not after, as a person would write them."""
-    lost: dict[str, None] = {}
-    for old, new in zip(before, after, strict=True):
-        for part in (PARALLEL, *ANYWHERE):
-            if old.split(".").count(part) > new.split(".").count(part):
-                lost[f"'{part}.'"] = None
-    return list(lost)
+def _renaming(alignment: Alignment) -> list[str]:
+    notices = []
+    if alignment.removed:
+        notices.append(f"removed {' and '.join(alignment.removed)} from the names in the file")
+    if alignment.added:
+        notices.append(f"put '{alignment.added}' before the names in the file")
+    if alignment.outside:
+        notices.append(
+            f"left out {len(alignment.outside)} tensors of the file that are outside of the "
+            f"network: {_listed(alignment.outside)}"
+        )
+    return notices
+
+
+def _without_disregarded(
+    found: dict[str, Tensor], target: dict[str, Tensor], model: nn.Module
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Leave out the old buffers in a file that a transformers model itself would leave out."""
+    declared = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+    if not isinstance(declared, list | set | tuple):
+        return found, []
+    patterns = [re.compile(p) for p in (*declared, *OLD_BUFFERS) if isinstance(p, str)]
+    extra = [n for n in found if n not in target and any(p.search(n) for p in patterns)]
+    kept = {name: value for name, value in found.items() if name not in extra}
+    notice = f"left out {len(extra)} buffers that the model makes itself: {_listed(extra)}"
+    return kept, [notice] if extra else []
+
+
+def _rivals(checkpoint: Checkpoint, prefixes: Sequence[str]) -> str:
+    prefix = prefixes[0]
+    code = (
+        f"import torch; s = torch.load({str(checkpoint.path)!r}, map_location='cpu', "
+        f"weights_only=True)['state_dict']; torch.save({{k[{len(prefix)}:]: v for k, v in "
+        f"s.items() if k.startswith({prefix!r})}}, {checkpoint.path.stem + '-part.pt'!r})"
+    )
+    return (
+        f"{checkpoint.path} holds several networks that fit the task's model, under "
+        f"{' and '.join(repr(p) for p in prefixes)}; save the one to diagnose on its own, "
+        f"for example\n  python -c {shlex.quote(code)}"
+    )
 
 
 def _check_fit(

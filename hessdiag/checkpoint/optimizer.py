@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hessdiag.checkpoint.names import align
+from hessdiag.checkpoint.alignment import align
 from hessdiag.errors import TaskError
 from hessdiag.names import named_parameters
 
@@ -113,7 +113,7 @@ def _slots(
             return _places(own, model), "names"
         first = dict(_first_names(model))
         flat = [name for group in names for name in group]
-        renamed, _ = align(flat, first)
+        renamed = align(flat, first).renamed
         unknown = [name for name in flat if renamed[name] not in first]
         if unknown:
             raise _UnmappableError(
@@ -236,6 +236,14 @@ def _class_from(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -
     if "betas" in first and "decoupled_weight_decay" in first:
         return "RAdam"
     return None
+
+
+def optimizer_class(raw: Mapping[str, Any]) -> str | None:
+    """The class of torch.optim whose ``state_dict()`` this is, where it tells."""
+    try:
+        return _class_from(_stored_groups(raw), raw["state"])
+    except _UnmappableError:
+        return None
 
 
 def _agreed_class(stored: str | None, own: torch.optim.Optimizer) -> str:

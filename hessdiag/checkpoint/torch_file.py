@@ -14,24 +14,38 @@ from hessdiag.checkpoint.pickles import refused_globals
 from hessdiag.errors import CheckpointError, UnsafeCheckpoint
 from hessdiag.importing import on_path
 
+ZIP = b"PK\x03\x04"
+LEGACY = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+"""torch's magic number as pickled by every protocol, two or more bytes into the file."""
+
+
+def is_legacy(head: bytes) -> bool:
+    """Whether a file that begins so was written by ``torch.save`` before torch 1.6."""
+    return LEGACY in head[:32]
+
 
 def read_zip(path: Path, *, trust: bool) -> Checkpoint:
     """Read what ``torch.save`` has written since torch 1.6, memory-mapped."""
-    return interpret(_load(path, trust=trust, legacy=False), path, "torch zip")
+    return interpret(load(path, trust=trust), path, "torch zip")
 
 
 def read_legacy(path: Path, *, trust: bool) -> Checkpoint:
     """Read what ``torch.save`` wrote before torch 1.6."""
-    return interpret(_load(path, trust=trust, legacy=True), path, "legacy torch pickle")
+    return interpret(load(path, trust=trust), path, "legacy torch pickle")
 
 
-def _load(path: Path, *, trust: bool, legacy: bool) -> Any:
-    """Load on the CPU; a file that asks for imports only if its user trusts it.
+def load(path: Path, *, trust: bool) -> Any:
+    """Load a file of ``torch.save`` on the CPU; one that asks for imports only if it is trusted.
 
     Raises:
         UnsafeCheckpoint: The file would run code; its imports are named.
         CheckpointError: The file is damaged, or its classes cannot be imported.
     """
+    try:
+        with path.open("rb") as file:
+            legacy = not file.read(len(ZIP)).startswith(ZIP)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     try:
         # Old files warn about their storage classes, which is nothing a user can act on.
         with warnings.catch_warnings():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hessdiag.checkpoint import Checkpoint
-from hessdiag.errors import TaskError
+from hessdiag.errors import OptionError, TaskError
 from hessdiag.resolve import find, no_task_message, parse_value, resolve
 
 GOOD = """
@@ -27,6 +27,11 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def named(task: str) -> Checkpoint:
+    """A checkpoint that asks for a task."""
+    return Checkpoint(Path("m.pt"), "state dict", {"w": torch.ones(1)}, task=task)
+
+
 def found(here: Path, reference: str | None = None, **options):
     return find(reference, cwd=here, environ=options.pop("environ", {}), **options)
 
@@ -39,7 +44,7 @@ def test_each_rule_gives_way_to_the_one_before(here):
         (here / name).write_text(FATAL)
 
     def rule(reference=None, environ=None):
-        hit = found(here, reference, environ=environ or {}, checkpoint_task="demo:mlp")
+        hit = found(here, reference, environ=environ or {}, checkpoint=named("demo:mlp"))
         return hit.reference, hit.source
 
     assert rule("mine.py", environ) == ("mine.py:task", "--task")
@@ -67,7 +72,7 @@ def test_a_task_beside_a_checkpoint_elsewhere_is_never_found(here, tmp_path):
 def test_a_checkpoint_can_only_ask_for_a_built_in_task(here, asked):
     (here / "evil.py").write_text(FATAL)
     with pytest.raises(TaskError, match="only built-in tasks"):
-        found(here, checkpoint_task=asked)
+        found(here, checkpoint=named(asked))
 
 
 def test_an_unknown_demo_has_a_near_miss(here):
@@ -200,3 +205,56 @@ def test_without_a_task_the_message_describes_the_file_and_says_what_works():
         "hessdiag analyze m.pt --task FILE.py",
     ):
         assert part in message
+
+
+def directory(config: dict, **changes) -> Checkpoint:
+    """A Hugging Face directory that was read."""
+    weights = {"transformer.wte.weight": torch.ones(2, 3)}
+    return Checkpoint(Path("gpt"), "Hugging Face directory", weights, config=config, **changes)
+
+
+GPT = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+
+
+def test_a_hugging_face_directory_comes_last(here):
+    hit = found(here, checkpoint=directory(GPT), data=Path("t.npy"))
+    assert (hit.reference, hit.source) == ("hf:gpt2", "the Hugging Face directory")
+    assert found(here, checkpoint=directory(GPT, task="demo:mlp")).reference == "demo:mlp"
+    (here / "hessdiag_task.py").write_text(FATAL)
+    assert found(here, checkpoint=directory(GPT)).reference == "hessdiag_task.py:task"
+    assert found(here, "demo:mlp", checkpoint=directory(GPT)).reference == "demo:mlp"
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "is a BertForMaskedLM, not"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "an encoder with a decoder"),
+        ({}, "names no model_type"),
+        ({"model_type": "gpt2\n\x1b[31m"}, "names no model_type"),
+        ({"model_type": "bert", "architectures": ["\x1b[2J" * 900]}, r"is a '\\x1b\[2J"),
+        (GPT | {"quantization_config": {"bits": 4}}, "quantised"),
+    ],
+)
+def test_of_a_directory_that_makes_no_task_the_message_says_why(here, config, reason):
+    assert found(here, checkpoint=directory(config)) is None
+    with pytest.raises(TaskError, match=reason) as caught:
+        resolve(None, cwd=here, environ={}, checkpoint=directory(config))
+    assert "hessdiag init" in str(caught.value)
+    assert "hessdiag analyze gpt --task FILE.py" in str(caught.value)
+
+
+def test_data_for_a_task_that_brings_its_own_are_refused(here):
+    with pytest.raises(OptionError, match=r"--data .* demo:mlp \(--task\) brings its own data"):
+        found(here, "demo:mlp", data=Path("t.npy"))
+
+
+def test_the_name_of_a_directorys_task_is_no_reference(here):
+    with pytest.raises(TaskError, match="give that directory as the checkpoint"):
+        found(here, "hf:gpt2")
+
+
+def test_a_directorys_task_takes_length_and_nothing_else(here):
+    hit = found(here, checkpoint=directory(GPT), task_args={"width": "3"})
+    with pytest.raises(TaskError, match=r"hf:gpt2 does not take .*its arguments: length"):
+        hit.load()

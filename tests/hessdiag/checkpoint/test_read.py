@@ -2,8 +2,10 @@
 
 import json
 import pickle
-import re
+import shlex
 import struct
+import subprocess
+import sys
 import warnings
 import zipfile
 from argparse import Namespace
@@ -13,6 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint
 from safetensors.torch import save_file
 from torch import nn
 
@@ -225,17 +228,11 @@ def _distributed(path):
     (path / ".metadata").touch()
 
 
-def _hugging_face(path):
-    path.mkdir()
-    (path / "config.json").write_text("{}")
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda p: None, "does not exist"),
         (lambda p: p.mkdir(), "is a directory"),
-        (_hugging_face, "Hugging Face directory.*not support"),
         (_distributed, "dcp_to_torch"),
         (lambda p: p.touch(), "is empty"),
         (lambda p: p.write_bytes(b"hello " * 20), "is not a checkpoint"),
@@ -263,16 +260,30 @@ def test_what_cannot_be_used_is_told_apart_with_a_remedy(tmp_path, make, message
         read_checkpoint(path)
 
 
-def test_the_commands_that_convert_do(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for make in (_script, _exported):
-        path = Path("model.pt2" if make is _exported else "model.pt")
-        make(path)
-        with pytest.raises(CheckpointError) as caught:
-            read_checkpoint(path)
-        code = re.search(r'python -c "(.*)"', str(caught.value)).group(1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            exec(code, {})  # noqa: S102
-        assert set(read_checkpoint("model-weights.pt").weights) == {"weight", "bias"}
-        path.unlink()
+def _dcp(path):
+    state = {name: tensor.clone() for name, tensor in nn.Linear(2, 2).state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.distributed.checkpoint.save(state, checkpoint_id=path, no_dist=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "name", "target"),
+    [
+        (_script, "it's a model.pt", "it's a model-weights.pt"),
+        (_exported, "model 1.pt2", "model 1-weights.pt"),
+        (_dcp, "step 5 (best)", "step 5 (best).pt"),
+    ],
+)
+def test_the_commands_that_convert_do(tmp_path, make, name, target):
+    make(tmp_path / name)
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(tmp_path / name)
+    command = str(caught.value).splitlines()[-1].strip()
+    assert command.startswith("python ")
+    run = command.replace("python", shlex.quote(sys.executable), 1)
+    work = tmp_path / "elsewhere"
+    work.mkdir()
+    subprocess.run(run, shell=True, cwd=work, check=True, capture_output=True)  # noqa: S602
+    assert set(read_checkpoint(work / target).weights) == {"weight", "bias"}

@@ -1,0 +1,1 @@
+"""Causal language models in Hugging Face directories, as tasks; needs the extra ``hf``."""
