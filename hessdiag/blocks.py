@@ -67,6 +67,11 @@ def find_blocks(model: nn.Module, specification: Sequence[str]) -> list[Block]:
             "the model has no trainable parameter; nothing has curvature to analyse "
             "(set requires_grad=True on those that should)"
         )
+    if not any(size for name, size in known.size.items() if name not in known.frozen):
+        raise InputError(
+            "no trainable parameter of the model holds a value (a dimension is 0 in each); "
+            "nothing has curvature to analyse"
+        )
     layers = _layers(known)
     found: list[Block] = []
     whole = False
@@ -86,6 +91,12 @@ def find_blocks(model: nn.Module, specification: Sequence[str]) -> list[Block]:
         found.append(known.block(WHOLE, list(known.size)))
     unique = list(dict.fromkeys(found))
     names = [block.name for block in unique]
+    for name in (*names, *known.size):
+        if "\0" in name or name != name.encode(errors="replace").decode():
+            raise InputError(
+                f"the name {name!r} cannot be stored: a run file holds no null character and no "
+                "lone surrogate; rename the module"
+            )
     for name in names:
         if names.count(name) > 1:
             raise OptionError(f"two blocks are named {name!r}; give one of them another NAME=GLOB")

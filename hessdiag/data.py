@@ -182,7 +182,7 @@ def _counted(units: Callable[[Any], float], batch: Any) -> float:
         return float(units(batch))
     except HessdiagError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TaskError(
             f"counting the units of a batch raised {type(error).__name__}: {error}; "
             "mend the task's batch_size, or the batch's targets"
@@ -195,7 +195,7 @@ def _read(data: Iterable[Any]) -> Iterator[Any]:
         yield from data
     except HessdiagError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
             raise
         raise TaskError(

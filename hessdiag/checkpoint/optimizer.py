@@ -259,7 +259,7 @@ def _build(make_optimizer: MakeOptimizer, model: nn.Module) -> torch.optim.Optim
     with _untouched(model):
         try:
             own = make_optimizer(model)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise TaskError(
                 f"the task's optimizer(model) raised {type(error).__name__}: {error}"
             ) from error

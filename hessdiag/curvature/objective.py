@@ -43,7 +43,7 @@ class Objective:
             value = self.loss(self.model, batch)
         except TaskError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if is_out_of_memory(error):
                 raise
             raise TaskError(_why_loss_failed(error)) from error

@@ -82,8 +82,8 @@ def _is_double(leaf: Any) -> bool:
 
 def _round(tensor: Tensor, dropped: int, narrow: Any) -> None:
     """Round in place, or take the float32 result where its range holds the number."""
-    if tensor.layout != torch.strided or tensor.numel() == 0:
-        return
+    if tensor.layout != torch.strided or tensor.numel() == 0 or tensor._is_zerotensor():
+        return  # the derivative of a sign is zeros without storage, and a write would crash
     bits = tensor.detach().view(_INTEGER[tensor.dtype])
     # Half a unit is added in the magnitude bits, so this rounds to nearest, ties away; the
     # exponent takes the carry, and infinities are left alone.

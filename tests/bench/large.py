@@ -48,7 +48,7 @@ class Residual(nn.Module):
         return F.relu(y + F.pad(short, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1])))
 
 
-def resnet20(examples: int = 16) -> Task:
+def resnet20(examples: int = 8) -> Task:
     """ResNet-20 for 32×32 images, 270k parameters, after a few steps on random images."""
     torch.manual_seed(0)
     widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
@@ -90,7 +90,7 @@ class Tokens(nn.Module):
         return self.head(self.norm(x)).transpose(1, 2)  # type: ignore[no-any-return]
 
 
-def transformer(examples: int = 4, length: int = 32) -> Task:
+def transformer(examples: int = 2, length: int = 32) -> Task:
     """A decoder of 5M parameters after a few steps on random tokens."""
     torch.manual_seed(0)
     model = Tokens(vocabulary=1000, width=256, depth=6, length=length)
@@ -165,7 +165,7 @@ def main() -> None:
         task = make()
         size = sum(p.numel() for p in task.model.parameters())
         started = time.perf_counter()
-        run = analyze(task, exact_limit=300)
+        run = analyze(task, exact_limit=100)
         seconds = time.perf_counter() - started
         print(run, file=sys.stderr)
         rows = {block.name: block.variants["raw"] for block in run.blocks}

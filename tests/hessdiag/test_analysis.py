@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import mpmath as mp
@@ -639,3 +640,21 @@ def test_a_loss_whose_squares_leave_float64_is_refused_and_never_called_zero(sca
     run = analyze(quadratics.quadratic_task(matrix), exact_limit=exact_limit)
     for block in run.blocks:
         assert "multiply the loss by a constant" in raw(run, block.name)["skipped"]
+
+
+def test_a_loss_of_absolute_values_is_analysed():
+    # Its second derivative holds tensors without storage, which crashed the interpreter.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    data = [(torch.randn(12, 3).double(), torch.randn(12, 1).double())]
+    task = Task(model, data, nn.L1Loss())
+    run = analyze(task)
+    truth = np.linalg.eigvalsh(dense(task))
+    found = run["whole"].variants["raw"].spectrum["eigenvalue"]
+    assert np.abs(found - truth).max() <= 1e-12 * np.abs(truth).max()
+
+
+def test_a_loss_that_calls_exit_is_an_error_and_no_success():
+    task = Task(nn.Linear(2, 1), [torch.randn(3, 2)], lambda model, batch: sys.exit(0))
+    with pytest.raises(TaskError, match="raised SystemExit"):
+        analyze(task)

@@ -165,3 +165,18 @@ def test_a_parameter_without_values_is_a_row_with_the_reason():
     blocks = by_name("layer", model=model)
     assert "no values" in blocks["empty"].skipped
     assert blocks["whole"].size == 2
+
+
+def test_a_model_whose_parameters_hold_no_value_is_refused():
+    model = nn.Module()
+    model.empty = nn.Parameter(torch.empty(0))
+    with pytest.raises(InputError, match="no trainable parameter of the model holds a value"):
+        find_blocks(model, ("layer",))
+
+
+@pytest.mark.parametrize("name", ["half\ud800", "null\0"])
+def test_a_name_that_no_file_can_hold_is_refused_before_the_work(name):
+    model = nn.Sequential()
+    model.add_module(name, nn.Linear(2, 1))
+    with pytest.raises(InputError, match="rename the module"):
+        find_blocks(model, ("layer",))
