@@ -62,16 +62,7 @@ def find_blocks(model: nn.Module, specification: Sequence[str]) -> list[Block]:
         OptionError: A glob matches nothing, or two blocks have one name.
     """
     known = _look(model)
-    if not set(known.size) - known.frozen:
-        raise InputError(
-            "the model has no trainable parameter; nothing has curvature to analyse "
-            "(set requires_grad=True on those that should)"
-        )
-    if not any(size for name, size in known.size.items() if name not in known.frozen):
-        raise InputError(
-            "no trainable parameter of the model holds a value (a dimension is 0 in each); "
-            "nothing has curvature to analyse"
-        )
+    _check_something(known)
     layers = _layers(known)
     found: list[Block] = []
     whole = False
@@ -92,15 +83,32 @@ def find_blocks(model: nn.Module, specification: Sequence[str]) -> list[Block]:
     unique = list(dict.fromkeys(found))
     names = [block.name for block in unique]
     for name in (*names, *known.size):
-        if "\0" in name or name != name.encode(errors="replace").decode():
-            raise InputError(
-                f"the name {name!r} cannot be stored: a run file holds no null character and no "
-                "lone surrogate; rename the module"
-            )
+        _check_storable(name)
     for name in names:
         if names.count(name) > 1:
             raise OptionError(f"two blocks are named {name!r}; give one of them another NAME=GLOB")
     return unique
+
+
+def _check_something(known: _Parameters) -> None:
+    if not set(known.size) - known.frozen:
+        raise InputError(
+            "the model has no trainable parameter; nothing has curvature to analyse "
+            "(set requires_grad=True on those that should)"
+        )
+    if not any(size for name, size in known.size.items() if name not in known.frozen):
+        raise InputError(
+            "no trainable parameter of the model holds a value (a dimension is 0 in each); "
+            "nothing has curvature to analyse"
+        )
+
+
+def _check_storable(name: str) -> None:
+    if "\0" in name or name != name.encode(errors="replace").decode():
+        raise InputError(
+            f"the name {name!r} cannot be stored: a run file holds no null character and no "
+            "lone surrogate; rename the module"
+        )
 
 
 def _look(model: nn.Module) -> _Parameters:
