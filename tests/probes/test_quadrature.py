@@ -342,14 +342,25 @@ def test_the_span_of_a_quantile_ends_where_the_beta_law_says(name, steps, least)
     assert not too_small(span.high * (1 - 1e-3))
 
 
-def test_a_gap_is_claimed_at_the_confidence_that_the_beta_law_gives_it():
-    spectrum = BLOCKS["low rank"]
-    found = draw(spectrum, steps=40)
-    missed = float(beta.cdf(float(shares(spectrum)[90]), 4 / 2, 4 * 99 / 2))
-    sure = next_above(found, 0.5, confidence=1 - 0.99 * missed)
-    assert sure.low == pytest.approx(1, abs=1e-3)
-    assert sure.high == pytest.approx(1, abs=1e-3)
-    assert next_above(found, 0.5, confidence=1 - 1.01 * missed).low > 1.1
+@pytest.mark.parametrize("confidence", [0.6, 0.95, 0.999])
+def test_a_gap_ends_where_the_beta_law_allows_an_eigenvalue(confidence):
+    found = draw(BLOCKS["even"], steps=20)
+    law = beta(4 / 2, 4 * 99 / 2)
+    most = found.bracket(1e-3)[1]
+
+    def empty(threshold):
+        return law.cdf(most - found.bracket(threshold)[0]) <= 1 - confidence
+
+    low = next_above(found, 1e-3, confidence=confidence).low
+    assert 1.1e-3 < low < 0.01
+    assert empty(low * (1 - 1e-3))
+    assert not empty(low * (1 + 1e-3))
+
+
+def test_a_gap_never_reaches_past_an_eigenvalue_that_is_proven():
+    found = draw(BLOCKS["low rank"], steps=40)
+    gap = next_above(found, 0.5, confidence=0.01)
+    assert (gap.low, gap.high) == (pytest.approx(1, abs=1e-3), pytest.approx(1, abs=1e-3))
 
 
 def test_spans_close_in_on_what_is_resolved():
