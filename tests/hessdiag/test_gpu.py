@@ -35,14 +35,19 @@ def test_exact_spectra_agree_with_the_cpu(mode, curvature):
         assert np.abs(got - want).max() <= 1e-12 * np.abs(want).max()
 
 
-def test_lanczos_bounds_hold_on_the_device():
-    there = hessdiag.analyze(make_task(), device="cuda", exact_limit=0)
+@pytest.mark.parametrize("eigensolver", ["lanczos", "power"])
+def test_intervals_from_products_hold_on_the_device(eigensolver):
+    options = {"exact_limit": 0, "eigensolver": eigensolver, "density": True}
+    there = hessdiag.analyze(make_task(), device="cuda", **options)
     here = hessdiag.analyze(make_task(), device="cpu")
     for block in here.blocks:
-        truth = block.variants["raw"]["lambda_max"].value
-        bound = there[block.name].variants["raw"]["lambda_max"]
-        assert bound.status == "lower-bound"
-        assert bound.low <= truth * (1 + 1e-12)
+        for name in ("lambda_max", "lambda_min", "trace", "frobenius"):
+            truth = block.variants["raw"][name].value
+            found = there[block.name].variants["raw"][name]
+            assert found.status == "interval"
+            slack = 0.5 * (found.high - found.low) if found.confidence < 0.99 else 0.0
+            assert found.low - slack <= truth + 1e-12
+            assert truth - 1e-12 <= found.high + slack
 
 
 def test_a_recurrent_network_has_double_backward_on_the_device():
