@@ -82,6 +82,8 @@ def _curvature(node: Any) -> int | None:
         weighted = all(_nonnegative(node, w) for w in ("_saved_weight", "_saved_pos_weight"))
         return CONVEX if weighted and _probabilities(node) else None
     if name in CONVEX_AND_INCREASING:
+        if float(getattr(node, "_saved_beta", 1.0)) <= 0:
+            return None  # a softplus turned round is concave
         return CONVEX if known in (AFFINE, CONVEX) else None
     return None
 

@@ -99,7 +99,7 @@ def solve_matrix_free(
 
     matvec = CountedMatvec(shifted)
     spectrum, run = _ends(matvec, problem, budget, doubt)
-    notes = [_width_note(spectrum, matvec.count, budget)]
+    notes = _width_notes(spectrum, budget)
     values |= ritz_quantities(spectrum, dead.numel(), damping=problem.damping)
     arrays: dict[str, Array] = {"ritz_value": spectrum.value, "ritz_bound": spectrum.bound}
     if run is not None:
@@ -277,20 +277,18 @@ def _rate_applies(spectrum: RitzSpectrum, problem: Problem) -> bool | None:
     return True if spectrum.positive_floor is not None else None
 
 
-def _width_note(spectrum: RitzSpectrum, products: int, budget: Budget) -> str:
-    """How near the ends are known, in words."""
+def _width_notes(spectrum: RitzSpectrum, budget: Budget) -> list[str]:
+    """Whether the wanted width was certified; no number of the block, so that rows share it."""
     inside, outside = spectrum.norm
     if inside <= 0:
-        return f"above the exact limit: {products} products show no curvature beyond rounding"
-    top, bottom = spectrum.top, spectrum.bottom
-    widths = [
-        ((end.high or 0.0) - (end.low or 0.0)) / outside if outside > 0 else 0.0
-        for end in (top, bottom)
+        return ["above the exact limit: the products show no curvature beyond rounding"]
+    widths = [(end.high or 0.0) - (end.low or 0.0) for end in (spectrum.top, spectrum.bottom)]
+    if max(widths) <= budget.tolerance * outside + 2 * spectrum.rounding:
+        return []
+    return [
+        f"above the exact limit: {budget.steps} products do not certify both ends to --tolerance "
+        f"{budget.tolerance:g} of ‖H‖; more --steps narrow them"
     ]
-    return (
-        f"above the exact limit: {products} products bound λ_max to {widths[0]:.0e} and λ_min to "
-        f"{widths[1]:.0e} of ‖H‖ (wanted: {budget.tolerance:.0e})"
-    )
 
 
 def _kappa_notes(kappa: Quantity, spectrum: RitzSpectrum, *, density: bool) -> list[str]:

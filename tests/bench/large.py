@@ -111,13 +111,14 @@ def trained(model: nn.Module, data: list[tuple[Tensor, Tensor]], steps: int = 10
 def references(task: Task, names: list[str]) -> dict[str, dict[str, float]]:
     """Ends by long Lanczos runs and traces by many probes, seeds and code path of their own."""
     found = {}
+    blocks = find_blocks(task.model, ("layer",))
     with loan([task.model], mode="eval", dtype=torch.float64, device=torch.device("cpu")):
         batches = load_batches(
             task.data, units(task), dtype=torch.float64, device=torch.device("cpu")
         )
         objective = Objective(task.model, as_loss(task), batches)
         named = dict(named_parameters(task.model))
-        for block in find_blocks(task.model, ("layer",)):
+        for block in blocks:
             if block.name not in names or block.skipped is not None:
                 continue
             parameters = [named[name] for name in block.parameters]

@@ -222,6 +222,34 @@ def test_a_relu_network_on_kinks_passes_with_a_notice(networks, dtype):
     assert any("on a kink" in notice for notice in checks.notices)
 
 
+class Steep(nn.Module):
+    """A large slope and a small curvature, with or without an error in the second derivative."""
+
+    def __init__(self, curvature, *, wrong=False):
+        super().__init__()
+        self.p = nn.Parameter(torch.randn(20, dtype=torch.float64))
+        self.curvature, self.wrong = curvature, wrong
+
+    def forward(self, _):
+        bent = 0.5 * self.p.square()
+        if self.wrong:
+            bent = bent + self.p.detach() * self.p
+        return self.p.sum() + self.curvature * bent.sum()
+
+
+def test_a_curvature_that_differences_cannot_see_beside_the_slope_passes_with_a_notice(networks):
+    def loss(model, batch):
+        return model(batch)
+
+    torch.manual_seed(0)
+    data = [torch.zeros(1, 1, dtype=torch.float64)]
+    checks = check(networks.Task(Steep(1e-11), data, loss), networks)
+    assert checks.difference.passed
+    assert any("drowned" in notice for notice in checks.notices)
+    with pytest.raises(SelfCheckFailed):
+        check(networks.Task(Steep(1e-3, wrong=True), data, loss), networks)
+
+
 def test_a_relu_network_with_many_samples_passes_in_float32(networks):
     torch.manual_seed(0)
     model = nn.Sequential(

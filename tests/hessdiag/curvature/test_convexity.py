@@ -34,6 +34,7 @@ CONVEX = {
     "huber": lambda z: F.huber_loss(z, TARGET) + 2 * F.mse_loss(z, TARGET),
     "linear": lambda z: (z * SIGNED).sum(),
     "reshaped": lambda z: F.cross_entropy(z.view(2, 2, 3).transpose(1, 2), LABEL.view(2, 2)),
+    "softplus": lambda z: F.softplus(z, beta=2.0).mean(),
     "poisson": lambda z: (z.exp() - SHARES * z).mean(),
 }
 NOT_KNOWN = {
@@ -47,6 +48,7 @@ NOT_KNOWN = {
     "signed labels": lambda z: F.cross_entropy(z, SIGNED.expand(4, 3)),
     "product": lambda z: (z[:, 0] * z[:, 1]).mean(),
     "quotient": lambda z: (1 / z).mean(),
+    "softplus turned round": lambda z: F.softplus(z, beta=-1.0).mean(),
     "concave": lambda z: F.log_softmax(z, -1).mean(),
     "outside [0, 1]": lambda z: F.binary_cross_entropy_with_logits(
         z, TARGET, pos_weight=9 * SIGNED.abs()
