@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
 from hessdiag_cli import console
 from hessdiag_cli.console import Debug, Json, Quiet, Verbose
+from hessdiag_cli.several import Job, Tasks, check_all, kept, plan
+
+if TYPE_CHECKING:
+    from hessdiag.run import Run
 
 EXIT_PARTIAL = 4
 
 
 def analyze(
-    checkpoint: Annotated[Path, Argument(metavar="CKPT", help="Checkpoint to analyse.")],
+    checkpoint: Annotated[
+        list[Path],
+        Argument(metavar="CKPT...", help="Checkpoint to analyse; several get a run file each."),
+    ],
     task: Annotated[
         str | None, Option(metavar="TASK", help="FILE.py[:NAME], pkg.mod[:NAME] or demo:NAME.")
     ] = None,
@@ -24,7 +32,14 @@ def analyze(
         Option(metavar="KEY=VALUE", help="key=value for the task function; may be repeated."),
     ] = None,
     output: Annotated[
-        Path | None, Option("--output", "-o", help="Run file; default <stem>.h5 here.")
+        Path | None,
+        Option(
+            "--output", "-o", help="Run file (of several: their folder); default <stem>.h5 here."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="Tokens for a Hugging Face directory: .npy, .pt or .txt."),
     ] = None,
     trust: Annotated[
         bool, Option("--trust", help="Load a pickled module, which runs its code.")
@@ -84,14 +99,11 @@ def analyze(
 ) -> None:
     """Condition numbers of every layer of CKPT, with certificates; stored in an HDF5 file.
 
+    Several checkpoints give a run file each, and one table over training steps.
+
     Example: hessdiag analyze model.pt --task train.py:task --max-examples 1000
     """
-    from hessdiag.analysis import analyze as run_analysis
-    from hessdiag.checkpoint import read_checkpoint
     from hessdiag.options import make_options
-    from hessdiag.tables import summary_table
-    from hessdiag_cli.progress import progress
-    from hessdiag_cli.resolution import find_task
 
     options: dict[str, Any] = {
         "variants": variants,
@@ -115,26 +127,85 @@ def analyze(
         "memory_budget": memory_budget,
     }
     make_options(**options)
-    path = Path(f"{checkpoint.stem}.h5") if output is None else output
-    source = read_checkpoint(checkpoint, trust=trust)
-    found = find_task(source, task, task_arg or [])
-    console.notice(f"task {found.reference} ({found.source})", quiet=quiet)
+    jobs = plan(checkpoint, output)
+    tasks = Tasks(task, task_arg or [], data)
+    if len(jobs) > 1:
+        check_all(jobs, tasks, trust=trust)
+    runs: list[Run] = []
+    told: set[str] = set()
+    for position, job in enumerate(jobs):
+        try:
+            if len(jobs) > 1:
+                count = f"checkpoint {position + 1}/{len(jobs)}"
+                console.notice(f"{count}  {job.checkpoint}", quiet=quiet)
+            runs.append(
+                _analyze(job, tasks, options, trust=trust, force=force, quiet=quiet, told=told)
+            )
+        except BaseException as error:
+            if len(jobs) > 1:
+                error.add_note(kept(jobs, position))
+            raise
+        if verbose:
+            engines = runs[-1].provenance.environment.get("engine")
+            console.notice(f"engines: {engines}", quiet=quiet)
+        if len(jobs) > 1:
+            console.notice(f"stored in {job.output}", quiet=quiet)
+    console.emit(_printed(runs, json=json))
+    if len(jobs) == 1:
+        console.notice(f"stored in {jobs[0].output}", quiet=quiet)
+    if any(run.provenance.environment.get("failed") for run in runs):
+        raise typer.Exit(EXIT_PARTIAL)
+
+
+def _analyze(
+    job: Job,
+    tasks: Tasks,
+    options: Mapping[str, Any],
+    *,
+    trust: bool,
+    force: bool,
+    quiet: bool,
+    told: set[str],
+) -> Run:
+    """One checkpoint to its run; notices that were ``told`` before are not told again."""
+    from hessdiag.analysis import analyze as run_analysis
+    from hessdiag.checkpoint import read_checkpoint
+    from hessdiag_cli.progress import progress
+
+    source = read_checkpoint(job.checkpoint, trust=trust)
+    found = tasks.find(source)
+    lines = [f"task {found.reference} ({found.source})"]
+    _tell(lines, told, quiet=quiet)
     with progress(quiet=quiet) as report:
         run = run_analysis(
-            found.load(),
+            tasks.load(found),
             checkpoint=source,
-            output=path,
+            output=job.output,
             force=force,
             report=report,
             **options,
         )
-    for warning in run.provenance.warnings:
-        console.notice(f"notice: {warning}", quiet=quiet)
-    if verbose:
-        console.notice(f"engines: {run.provenance.environment.get('engine')}", quiet=quiet)
-    console.emit(
-        run.to_json() if json else summary_table(run, width=console.width(), color=console.color())
-    )
-    console.notice(f"stored in {path}", quiet=quiet)
-    if run.provenance.environment.get("failed"):
-        raise typer.Exit(EXIT_PARTIAL)
+    _tell([f"notice: {warning}" for warning in run.provenance.warnings], told, quiet=quiet)
+    return run
+
+
+def _tell(lines: list[str], told: set[str], *, quiet: bool) -> None:
+    for line in lines:
+        if line not in told:
+            told.add(line)
+            console.notice(line, quiet=quiet)
+
+
+def _printed(runs: list[Run], *, json: bool) -> str:
+    """The document or the table: of one run, or of several over training steps."""
+    from hessdiag.series import runs_json
+    from hessdiag.tables import steps_table, summary_table
+
+    if len(runs) == 1:
+        run = runs[0]
+        if json:
+            return run.to_json()
+        return summary_table(run, width=console.width(), color=console.color())
+    if json:
+        return runs_json(runs)
+    return steps_table(runs, width=console.width(), color=console.color())

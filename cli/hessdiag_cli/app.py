@@ -8,6 +8,7 @@ import typer
 
 from hessdiag_cli.analyze import analyze
 from hessdiag_cli.demo import demo
+from hessdiag_cli.diff import diff
 from hessdiag_cli.init import init
 from hessdiag_cli.inspect import inspect
 from hessdiag_cli.show import show
@@ -42,5 +43,5 @@ def main(
     """Why does this network train slowly? Hessian conditioning, with certificates."""
 
 
-for command in (demo, inspect, analyze, show, validate, init):
+for command in (demo, inspect, analyze, show, diff, validate, init):
     app.command()(command)

@@ -1,9 +1,8 @@
-"""``hessdiag inspect``: what a checkpoint is, without running anything of the user's."""
+"""``hessdiag inspect``: what a checkpoint is, and on request what its analysis will cost."""
 
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hessdiag.checkpoint import Checkpoint
+    from hessdiag.estimate import Estimate
     from hessdiag.resolve import Resolution
 
 ROWS = 40
@@ -32,6 +32,31 @@ def inspect(
     trust: Annotated[
         bool, Option("--trust", help="Load a pickled module, which runs code from the file.")
     ] = False,
+    data: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="Tokens for a Hugging Face directory: .npy, .pt or .txt."),
+    ] = None,
+    estimate: Annotated[
+        bool,
+        Option("--estimate", help="Predict what analyze takes; this runs the task's code."),
+    ] = False,
+    blocks: Annotated[str | None, Option(help="With --estimate, as for analyze.")] = None,
+    curvature: Annotated[str | None, Option(metavar="hessian|ggn", help="With --estimate.")] = None,
+    exact_limit: Annotated[int | None, Option(help="With --estimate.")] = None,
+    steps: Annotated[int | None, Option(help="With --estimate.")] = None,
+    probes: Annotated[int | None, Option(help="With --estimate.")] = None,
+    density: Annotated[bool, Option("--density", help="With --estimate.")] = False,
+    eigensolver: Annotated[
+        str | None, Option(metavar="lanczos|power", help="With --estimate.")
+    ] = None,
+    batch_size: Annotated[int | None, Option(help="With --estimate.")] = None,
+    max_examples: Annotated[int | None, Option(help="With --estimate.")] = None,
+    engine: Annotated[
+        str | None, Option(metavar="auto|kept|recompute", help="With --estimate.")
+    ] = None,
+    memory_budget: Annotated[str | None, Option(help="With --estimate.")] = None,
+    dtype: Annotated[str | None, Option(metavar="float64|float32", help="With --estimate.")] = None,
+    device: Annotated[str | None, Option(metavar="DEVICE", help="With --estimate.")] = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -39,29 +64,74 @@ def inspect(
 ) -> None:
     """Say what CKPT is, which task is found for it and by which rule, and list its tensors.
 
-    Runs no user code. Example: hessdiag inspect model.pt
+    Runs no user code, unless --estimate asks for the products, seconds and memory that analyze
+    will take: that runs the task and times a few products of each block.
+
+    Example: hessdiag inspect model.pt --estimate
     """
     from hessdiag.checkpoint import read_checkpoint
-    from hessdiag.resolve import find
-    from hessdiag_cli.resolution import parse_arguments
+    from hessdiag_cli.resolution import find_task, look_for_task
 
-    arguments = parse_arguments(task_arg or [])
+    given: dict[str, Any] = {
+        "blocks": blocks,
+        "curvature": curvature,
+        "exact_limit": exact_limit,
+        "steps": steps,
+        "probes": probes,
+        "density": density or None,
+        "eigensolver": eigensolver,
+        "batch_size": batch_size,
+        "max_examples": max_examples,
+        "engine": engine,
+        "memory_budget": memory_budget,
+        "dtype": dtype,
+        "device": device,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    _check(options, estimate=estimate)
     read = read_checkpoint(checkpoint, trust=trust)
-    found = find(
-        task,
-        cwd=Path.cwd(),
-        environ=os.environ,
-        checkpoint_task=read.task,
-        task_args=arguments,
-    )
+    look = find_task if estimate else look_for_task
+    found = look(read, task, task_arg or [], data)
+    if not json:
+        for line in read.notices:
+            console.notice(f"notice: {line}", quiet=quiet)
+    cost = None
+    if estimate and found is not None:
+        cost = _cost(found, read, options, quiet=quiet)
     if json:
         import json as encoder
 
-        console.emit(encoder.dumps(document(read, found), ensure_ascii=False))
+        told = document(read, found)
+        if cost is not None:
+            told["estimate"] = cost.to_dict()
+        console.emit(encoder.dumps(told, ensure_ascii=False))
         return
-    for line in read.notices:
-        console.notice(f"notice: {line}", quiet=quiet)
-    console.emit(_text(read, found, rows=None if verbose else ROWS, width=console.width()))
+    text = _text(read, found, rows=None if verbose else ROWS, width=console.width())
+    if cost is not None:
+        from hessdiag.tables.estimate import estimate_table
+
+        text += "\n\n" + estimate_table(cost, width=console.width(), color=console.color())
+    console.emit(text)
+
+
+def _check(options: dict[str, Any], *, estimate: bool) -> None:
+    """Refuse options that make no sense, or that only an estimate has a use for."""
+    from hessdiag.errors import OptionError
+    from hessdiag.options import make_options
+
+    if options and not estimate:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+        raise OptionError(f"{names}: only --estimate has a use for that; add it, or leave it out")
+    make_options(**options)
+
+
+def _cost(found: Resolution, read: Checkpoint, options: dict[str, Any], *, quiet: bool) -> Estimate:
+    """Runs the task's code."""
+    from hessdiag.estimate import estimate as predict
+    from hessdiag_cli.progress import progress
+
+    with progress(quiet=quiet) as report:
+        return predict(found.load(), read, report=report, **options)
 
 
 def document(checkpoint: Checkpoint, found: Resolution | None) -> dict[str, Any]:

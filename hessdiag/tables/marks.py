@@ -71,8 +71,51 @@ def percent(number: float, rounding: str) -> str:
     return f"{tenths}%" if share else "0%"
 
 
-def certified(quantity: Quantity, digits: int = 3) -> Mark:
-    """``quantity`` in scientific notation, marked with its kind.
+def times(digits: int) -> Show:
+    """Ratios with ``digits`` significant digits: ``×1.79``, or ``×1.79e+06`` far from one."""
+
+    def show(number: float, rounding: str) -> str:
+        return f"×{_near_one(digits)(number, rounding)}"
+
+    return show
+
+
+def signed(digits: int) -> Show:
+    """Differences with ``digits`` significant digits and their sign: ``+1.20e-03``."""
+
+    def show(number: float, rounding: str) -> str:
+        return ("+" if number > 0 else "") + scientific(digits)(number, rounding)
+
+    return show
+
+
+def signed_whole(number: float, rounding: str) -> str:
+    """A difference of counts: ``+3``."""
+    return ("+" if number > 0 else "") + whole(number, rounding)
+
+
+def signed_percent(number: float, rounding: str) -> str:
+    """A difference of shares of one: ``-1.2%``."""
+    if number >= 0:
+        return ("+" if number else "") + percent(number, rounding)
+    turned = {ROUND_FLOOR: ROUND_CEILING, ROUND_CEILING: ROUND_FLOOR}
+    return f"-{percent(-number, turned.get(rounding, rounding))}"
+
+
+def _near_one(digits: int) -> Show:
+    def show(number: float, rounding: str) -> str:
+        rounded = Context(prec=digits, rounding=rounding).create_decimal(_decimal(number))
+        if not number or not -3 <= rounded.adjusted() <= 3:
+            return scientific(digits)(number, rounding)
+        return f"{rounded:.{max(digits - 1 - rounded.adjusted(), 0)}f}"
+
+    return show
+
+
+def certified(
+    quantity: Quantity, digits: int = 3, form: Callable[[int], Show] = scientific
+) -> Mark:
+    """``quantity`` in scientific notation (or another ``form``), marked with its kind.
 
     An interval that is narrower than the last digit is one number in brackets; an exact value
     whose rounding bound reaches across zero is 0.
@@ -81,10 +124,10 @@ def certified(quantity: Quantity, digits: int = 3) -> Mark:
     if quantity.value is not None and quantity.status == "exact":
         if not certain and _may_be_zero(quantity):
             return Mark("=", "=", "0")
-        return Mark("=", "=", scientific(max(certain, 1))(quantity.value, ROUND_HALF_EVEN))
+        return Mark("=", "=", form(max(certain, 1))(quantity.value, ROUND_HALF_EVEN))
     if quantity.value is not None and quantity.status == "interval" and certain == digits:
-        return Mark("[]", "[", scientific(digits)(quantity.value, ROUND_HALF_EVEN), "]")
-    return marked(quantity, scientific(digits), _short(max(digits - 1, 1)))
+        return Mark("[]", "[", form(digits)(quantity.value, ROUND_HALF_EVEN), "]")
+    return marked(quantity, form(digits), _short(form(max(digits - 1, 1))))
 
 
 def marked(quantity: Quantity, show: Show, show_end: Show | None = None) -> Mark:
@@ -127,9 +170,8 @@ def _decimal(number: float) -> Decimal:
     return Decimal(repr(float(number)))
 
 
-def _short(digits: int) -> Show:
-    """Scientific notation without the padding of the exponent, for the ends of intervals."""
-    padded = scientific(digits)
+def _short(padded: Show) -> Show:
+    """Without the padding of the exponent, for the ends of intervals."""
 
     def show(number: float, rounding: str) -> str:
         mantissa, _, exponent = padded(number, rounding).partition("e")

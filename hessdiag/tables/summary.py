@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Iterable, Mapping
 
 from rich.cells import cell_len
-from rich.console import Console
 from rich.text import Text
 
 from hessdiag.quantity import Quantity
 from hessdiag.run import BlockResult, Run, VariantResult
 from hessdiag.tables.columns import COLUMNS, GAP, HEADLINE, Layout, aligned, layout
 from hessdiag.tables.labels import printable, shortened
+from hessdiag.tables.lines import TIED, printed, wrapped
 from hessdiag.tables.marks import MEANINGS, certified
 
 WHOLE = "whole"
-TIED = "\N{NO-BREAK SPACE}"
 LONGEST_NAME = 100
 NAMES_SHOWN = 4
 NOTES_SHOWN = 6
@@ -48,16 +46,16 @@ def summary_table(run: Run, *, variant: str = "raw", width: int = 100, color: bo
         block.name: block.variants[variant] for block in run.blocks if variant in block.variants
     }
     done = {name: result for name, result in results.items() if result["skipped"] is None}
-    lines = [*_wrapped(_title(run, variant, done), width, "bold"), Text()]
+    lines = [*wrapped(run_title(run, variant, done.values()), width, "bold"), Text()]
     if run.blocks:
         fitted = layout(run, done, width)
         lines += [*_table(run, fitted, done, variant, width), Text()]
-        lines += _wrapped(_worst_sentence(done), width, "bold")
-        lines += _wrapped(_legend(fitted), width, "dim")
+        lines += wrapped(_worst_sentence(done), width, "bold")
+        lines += wrapped(_legend(fitted), width, "dim")
     else:
-        lines += _wrapped("There is no block: the model has no parameter.", width)
+        lines += wrapped("There is no block: the model has no parameter.", width)
     lines += _remarks(run, results, width)
-    return _printed(lines, width, color=color)
+    return printed(lines, width, color=color)
 
 
 def worst_block(results: Mapping[str, VariantResult]) -> str | None:
@@ -76,9 +74,10 @@ def worst_block(results: Mapping[str, VariantResult]) -> str | None:
     return max(ranked, key=ranked.__getitem__, default=None)
 
 
-def _title(run: Run, variant: str, done: Mapping[str, VariantResult]) -> str:
+def run_title(run: Run, variant: str, done: Iterable[VariantResult]) -> str:
+    """What was analysed, and how, on one line; ``done`` are its results."""
     config = run.provenance.config
-    results = list(done.values())
+    results = list(done)
     losses = [result["loss"] for result in results if result["loss"] is not None]
     parts = [
         config.get("task"),
@@ -199,28 +198,5 @@ def _remarks(run: Run, results: Mapping[str, VariantResult], width: int) -> list
     if left > 0:
         remarks[NOTES_SHOWN:] = [f"{left} more notes: hessdiag show RUN --json"]
     remarks += [f"Warning: {printable(warning)}" for warning in run.provenance.warnings]
-    lines = [line for remark in remarks for line in _wrapped(f"- {remark}", width, indent="  ")]
+    lines = [line for remark in remarks for line in wrapped(f"- {remark}", width, indent="  ")]
     return [Text(), *lines] if lines else []
-
-
-def _wrapped(text: str, width: int, style: str = "", *, indent: str = "") -> list[Text]:
-    """Lines of at most ``width``; a :data:`TIED` space does not break."""
-    return [
-        Text(line.replace(TIED, " "), style=style)
-        for line in textwrap.wrap(text, max(width, 20), subsequent_indent=indent)
-    ]
-
-
-def _printed(lines: Iterable[Text], width: int, *, color: bool) -> str:
-    console = Console(
-        file=io.StringIO(),
-        width=width,
-        force_terminal=color,
-        color_system="standard" if color else None,
-        legacy_windows=False,
-    )
-    with console.capture() as capture:
-        for line in lines:
-            line.rstrip()
-            console.print(line, soft_wrap=True, highlight=False)
-    return capture.get()

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from hessdiag import open_run
-from hessdiag_cli.__main__ import main
+from hessdiag.demos import DEMOS
+from hessdiag_cli.__main__ import Stopped, main
 
 TASK = '''
+from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn
 from hessdiag import Task
@@ -35,6 +37,7 @@ def fragile(calls):
     """One whose loss breaks after so many calls, as a lost device would."""
     def loss(model, batch):
         CALLS.append(1)
+        Path("calls").write_text(str(len(CALLS)))
         if len(CALLS) > int(calls):
             raise RuntimeError("device\\nlost")
         return F.cross_entropy(model(batch[0]), batch[1])
@@ -46,8 +49,8 @@ def dropout():
 '''
 
 
-def network():
-    torch.manual_seed(0)
+def network(seed=0):
+    torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
@@ -259,15 +262,10 @@ def test_a_block_that_fails_exits_4_is_told_everywhere_and_is_tried_again(here, 
     assert code == 0
     products = [b["variants"]["raw"]["products"] for b in json.loads(out)["blocks"]]
     (here / "model.h5").unlink()
-    for calls in range(150, 20, -10):
-        code, out, err = asked(calls)
-        reasons = [
-            b["variants"]["raw"]["skipped"] for b in json.loads(out or '{"blocks": []}')["blocks"]
-        ]
-        if reasons and reasons[0] is None and reasons[1]:
-            break
-        (here / "model.h5").unlink(missing_ok=True)
+    code, out, err = asked(int((here / "calls").read_text()) - 1)
+    reasons = [b["variants"]["raw"]["skipped"] for b in json.loads(out)["blocks"]]
     assert (code, err) == (4, "")
+    assert reasons[0] is None
     assert "device lost" in reasons[1]
     assert open_run("model.h5")["0"].variants["raw"]["skipped"] == reasons[1]
     assert "device lost" in " ".join(hessdiag("show", "model.h5")[1].split())
@@ -336,6 +334,143 @@ def test_xarray_opens_every_group_without_help_and_without_warnings(hessdiag):
     for group in ("spectra/raw/1", "rows/raw/2", "provenance"):
         with xarray.open_dataset("model.h5", engine="h5netcdf", group=group) as part:
             part.load()
+
+
+@pytest.fixture
+def series(here):
+    """Three checkpoints of one training, the last not named after its step."""
+    for seed, name in enumerate(("step-0.pt", "step-100.pt")):
+        torch.save(network(seed).state_dict(), here / name)
+    torch.save({"model": network(2).state_dict(), "step": 250}, here / "last.pt")
+    return ("step-0.pt", "step-100.pt", "last.pt")
+
+
+def test_several_checkpoints_give_a_run_each_and_one_table_over_steps(here, hessdiag, series):
+    code, out, err = hessdiag("analyze", *series)
+    assert code == 0
+    assert [n for n in files(here) if "h5" in n] == ["last.h5", "step-0.h5", "step-100.h5"]
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
+    assert [name for name in rows if name.isalnum()] == [
+        "Sequential",
+        "step",
+        "0",
+        "100",
+        "250",
+        "at",
+    ]
+    assert "The worst block" not in out
+    assert err.count("task hessdiag_task.py:task") == 1
+    assert "checkpoint 2/3 step-100.pt" in err
+    assert "stored in last.h5" in err
+
+
+def test_each_of_several_is_what_it_is_alone(here, hessdiag, series):
+    (here / "out").mkdir()
+    code, out, err = hessdiag("analyze", *series, "-o", "out", "--json", "-q")
+    assert (code, err) == (0, "")
+    found = json.loads(out, parse_constant=pytest.fail)
+    assert (found["format"], found["version"]) == ("hessdiag-runs", "1.0.0")
+    assert [(r["checkpoint"], r["step"]) for r in found["runs"]] == [
+        ("step-0.pt", 0),
+        ("step-100.pt", 100),
+        ("last.pt", 250),
+    ]
+    assert [n for n in files(here / "out") if "parts" not in n] == [
+        "last.h5",
+        "step-0.h5",
+        "step-100.h5",
+    ]
+    assert open_run("out/last.h5").provenance.config["step"] == 250
+    for name, together in zip(series, found["runs"], strict=True):
+        alone = json.loads(
+            hessdiag("analyze", name, "-o", "alone.h5", "--force", "--json", "-q")[1]
+        )
+        for block, same in zip(alone["blocks"], together["blocks"], strict=True):
+            for tree in (block["variants"]["raw"], same["variants"]["raw"]):
+                assert tree.pop("seconds") > 0
+            assert block == same
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["-o", "gone"], "-o gone is not a directory"),
+        (["-o", "step-0.pt"], "-o step-0.pt is not a directory"),
+        (["copy/step-0.pt"], "step-0.pt and copy/step-0.pt would both be stored in step-0.h5"),
+        (["gone.pt"], "gone.pt does not exist"),
+        (["gone.pt"], "at gone.pt, checkpoint 4 of 4; nothing was analysed"),
+        (["other.pt"], "other.pt does not fit the task's model"),
+        (["foreign.pt"], "foreign.h5 exists and is not a hessdiag run"),
+    ],
+)
+def test_what_cannot_be_used_among_several_ends_all_before_any_work(
+    here, hessdiag, series, arguments, says
+):
+    (here / "copy").mkdir()
+    for name in ("copy/step-0.pt", "foreign.pt"):
+        torch.save(network().state_dict(), here / name)
+    torch.save(nn.Linear(2, 2).state_dict(), here / "other.pt")
+    (here / "foreign.h5").write_text("mine")
+    before = files(here)
+    code, out, err = hessdiag("analyze", "-q", *series, *arguments)
+    assert (code, out) == (2, "")
+    assert says in err
+    assert files(here) == before
+
+
+@pytest.mark.parametrize(("error", "exit_code"), [(MemoryError(), 5), (Stopped(130), 130)])
+def test_an_end_at_one_of_several_keeps_the_runs_before_it(
+    here, hessdiag, series, monkeypatch, error, exit_code
+):
+    import hessdiag.analysis as analysis
+
+    real, calls = analysis.analyze, []
+
+    def failing(*arguments, **options):
+        calls.append(options["checkpoint"].path.name)
+        if len(calls) == 2:
+            raise error
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(analysis, "analyze", failing)
+    code, out, err = hessdiag("analyze", "-q", *series)
+    assert (code, out) == (exit_code, "")
+    assert calls == ["step-0.pt", "step-100.pt"]
+    assert "at step-100.pt, checkpoint 2 of 3; the finished run is stored in step-0.h5" in err
+    assert [n for n in files(here) if "h5" in n] == ["step-0.h5"]
+    assert open_run("step-0.h5").provenance.config["checkpoint"] == "step-0.pt"
+
+
+def test_a_block_that_fails_in_one_of_several_does_not_stop_the_others(
+    here, hessdiag, series, monkeypatch
+):
+    import hessdiag.analysis as analysis
+
+    real = analysis.analyze
+
+    def partial(task, *, checkpoint, **options):
+        run = real(task, checkpoint=checkpoint, **options)
+        if checkpoint.path.name == "step-0.pt":
+            run.provenance.environment["failed"] = ["0"]
+        return run
+
+    monkeypatch.setattr(analysis, "analyze", partial)
+    code, out, _ = hessdiag("analyze", "-q", *series)
+    assert code == 4
+    assert "250" in out
+    assert "last.h5" in files(here)
+
+
+def test_the_checkpoints_of_several_may_belong_to_different_built_in_tasks(here, hessdiag):
+    (here / "hessdiag_task.py").unlink()
+    for name in ("convnet", "transformer"):
+        model = DEMOS[name]().model
+        content = {"model": model.state_dict(), "hessdiag": {"task": f"demo:{name}"}}
+        torch.save(content, here / f"{name}.pt")
+    options = ("--blocks", "head", "--max-examples", "40", "--json", "-q")
+    code, out, _ = hessdiag("analyze", "convnet.pt", "transformer.pt", *options)
+    assert code == 0
+    assert [r["task"] for r in json.loads(out)["runs"]] == ["demo:convnet", "demo:transformer"]
 
 
 def leaves(tree, path=()):

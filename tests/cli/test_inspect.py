@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hessdiag.errors import CheckpointError, TaskError
+from hessdiag.errors import CheckpointError, OptionError, TaskError
 from hessdiag_cli.inspect import inspect
 
 FATAL = "raise RuntimeError('user code ran')\n"
@@ -96,3 +96,54 @@ def test_wrong_input_raises_the_trees_errors(here, run):
         run("m.pt", "--task", "gone.py")
     with pytest.raises(CheckpointError, match="does not exist"):
         run("gone.pt")
+
+
+TASK = """
+import torch
+from torch import nn
+from hessdiag import Task
+
+def task():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    return Task(net, [(torch.randn(9, 3), torch.zeros(9, 2))], nn.MSELoss())
+"""
+
+
+@pytest.fixture
+def fitting(here):
+    (here / "hessdiag_task.py").write_text(TASK)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    torch.save(model.state_dict(), here / "fits.pt")
+    return "fits.pt"
+
+
+def test_an_estimate_runs_the_task_and_adds_what_each_block_costs(fitting, run):
+    plain, result = run(fitting, "--json"), run(fitting, "--json", "--estimate", "-q")
+    found = json.loads(result.stdout)
+    cost = found.pop("estimate")
+    assert result.stderr == ""
+    assert found == json.loads(plain.stdout)
+    assert [(b["name"], b["method"], b["products"]) for b in cost["blocks"]] == [
+        ("0", "cut from whole", 0),
+        ("1", "cut from whole", 0),
+        ("whole", "exact", 26),
+    ]
+    assert cost["products"] == 26
+    assert cost["seconds"] > 0
+    text = run(fitting, "--estimate", "--exact-limit", "0", "--blocks", "1", "--probes", "3")
+    line = next(line for line in text.stdout.splitlines() if "lanczos" in line)
+    assert line.split()[:4] == ["1", "10", "lanczos", "23"]
+    assert "timing block 1/1 1" in text.stderr
+    assert "0.weight" in text.stdout
+
+
+def test_an_estimate_needs_a_task_and_its_options_need_it(here, fitting, run):
+    with pytest.raises(OptionError, match=r"--blocks, --density: only --estimate has a use"):
+        run(fitting, "--blocks", "1", "--density")
+    with pytest.raises(OptionError, match="steps is 0"):
+        run(fitting, "--estimate", "--steps", "0")
+    with pytest.raises(CheckpointError, match=r"m.pt .*NaN|NaN"):
+        run("m.pt", "--estimate")
+    (here / "hessdiag_task.py").unlink()
+    with pytest.raises(TaskError, match="hessdiag init"):
+        run(fitting, "--estimate")

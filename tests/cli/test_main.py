@@ -55,7 +55,7 @@ def options(command):
 
 
 def test_the_commands_are_these():
-    assert sorted(COMMANDS) == ["analyze", "demo", "init", "inspect", "show", "validate"]
+    assert sorted(COMMANDS) == ["analyze", "demo", "diff", "init", "inspect", "show", "validate"]
 
 
 def test_the_options_of_analyze_are_these():
@@ -64,7 +64,20 @@ def test_the_options_of_analyze_are_these():
         *("--curvature", "--exact-limit", "--steps", "--probes", "--density", "--tolerance"),
         *("--eigensolver", "--max-seconds", "--device", "--dtype", "--seed"),
         *("--batch-size", "--max-examples", "--weight-decay", "--damping", "--engine"),
-        *("--memory-budget", "--json", "--quiet", "-q", "--verbose", "-v", "--debug"),
+        *("--memory-budget", "--json", "--quiet", "-q", "--verbose", "-v", "--debug", "--data"),
+    }
+
+
+def test_the_options_of_inspect_and_diff_are_these():
+    common = {"--json", "--quiet", "-q", "--verbose", "-v", "--debug"}
+    assert options("diff") - {"-h", "--help"} == {"--block", "--variant", *common}
+    asked = options("inspect") - {"-h", "--help"} - common
+    assert asked - {"--estimate"} < options("analyze")
+    assert asked - options("analyze") == {"--estimate"}
+    assert asked >= {
+        *("--blocks", "--curvature", "--exact-limit", "--steps", "--probes", "--density"),
+        *("--batch-size", "--max-examples", "--engine", "--memory-budget", "--dtype", "--device"),
+        *("--task", "--task-arg", "--data", "--trust"),
     }
 
 
@@ -74,7 +87,7 @@ def test_every_command_has_the_common_options_and_an_example(command):
     assert f"Example: hessdiag {command}" in " ".join(COMMANDS[command].help.split())
 
 
-@pytest.mark.parametrize("command", ["analyze", "show", "inspect", "demo", "validate"])
+@pytest.mark.parametrize("command", ["analyze", "show", "diff", "inspect", "demo", "validate"])
 def test_every_command_that_prints_results_has_json(command):
     assert "--json" in options(command)
 
@@ -90,7 +103,7 @@ def test_help_imports_no_heavy_module():
     helped = python("-m", "hessdiag_cli", "--help")
     assert (helped.returncode, helped.stderr) == (0, "")
     assert all(command in helped.stdout for command in COMMANDS)
-    for arguments in (["--help"], ["analyze", "--help"]):
+    for arguments in (["--help"], ["analyze", "--help"], ["diff", "--help"]):
         shown = python("-c", source, *arguments)
         assert (shown.returncode, shown.stderr.split()) == (0, [])
 

@@ -6,7 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hessdiag.quantity import Quantity
-from hessdiag.tables.marks import MEANINGS, certified, marked, percent, scientific, whole
+from hessdiag.tables.marks import (
+    MEANINGS,
+    certified,
+    marked,
+    percent,
+    scientific,
+    signed,
+    signed_percent,
+    signed_whole,
+    times,
+    whole,
+)
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, min_value=-1e300, max_value=1e300)
 
@@ -69,3 +80,32 @@ def test_a_share_reads_zero_or_all_only_when_it_is(share, shown):
 )
 def test_counts_are_whole(quantity, shown):
     assert str(marked(quantity, whole)) == shown
+
+
+@pytest.mark.parametrize(
+    ("number", "rounding", "shown"),
+    [
+        (1.786, ROUND_HALF_EVEN, "×1.79"),
+        (281.4, ROUND_HALF_EVEN, "×281"),
+        (0.0021, ROUND_HALF_EVEN, "×0.00210"),
+        (0.00021, ROUND_HALF_EVEN, "×2.10e-04"),
+        (1234567.0, ROUND_FLOOR, "×1.23e+06"),
+        (9.996, ROUND_CEILING, "×10.0"),
+        (1.001, ROUND_CEILING, "×1.01"),
+        (0.0, ROUND_FLOOR, "×0"),
+    ],
+)
+def test_a_ratio_near_one_has_no_exponent(number, rounding, shown):
+    assert times(3)(number, rounding) == shown
+
+
+def test_differences_carry_their_sign_and_bounds_are_rounded_outwards():
+    assert [signed(2)(x, ROUND_FLOOR) for x in (1.55, -1.55, 0.0)] == ["+1.5e+00", "-1.6e+00", "0"]
+    assert [signed_whole(x, ROUND_FLOOR) for x in (3.0, -3.0, 0.0)] == ["+3", "-3", "0"]
+    shares = [(0.1234, ROUND_FLOOR), (-0.1234, ROUND_FLOOR), (-0.1234, ROUND_CEILING), (0, "")]
+    assert [signed_percent(x, r or ROUND_FLOOR) for x, r in shares] == [
+        "+12.3%",
+        "-12.4%",
+        "-12.3%",
+        "0%",
+    ]

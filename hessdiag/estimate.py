@@ -1,0 +1,371 @@
+"""What an analysis will cost: products, seconds and memory per block, from a few timed products."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hessdiag.analysis import has_batch_statistics, pick_device
+from hessdiag.blocks import WHOLE, Block, find_blocks
+from hessdiag.checkpoint import Checkpoint, match_weights, read_checkpoint
+from hessdiag.curvature.engines import Engine, free_memory, make_engine
+from hessdiag.curvature.loan import bare, exact_arithmetic, loan
+from hessdiag.curvature.objective import Objective
+from hessdiag.curvature.precision import gradient_noise, noise_of
+from hessdiag.data import load_batches
+from hessdiag.names import named_parameters
+from hessdiag.options import EXACT_LIMIT, Options, make_options
+from hessdiag.peak import PeakMemory
+from hessdiag.progress import Event, Report
+from hessdiag.selfcheck import run_selfchecks
+from hessdiag.solve.calibration import DENSE_COPIES, DenseTimes
+from hessdiag.solve.matrix_free import DENSITY_PROBES, DENSITY_STEPS, FORECAST_STEPS
+from hessdiag.task import Task, as_loss, units
+from hessdiag_probes.random import generator, rademacher
+
+TIMED_SECONDS = 0.3
+TIMED_PRODUCTS = (2, 20)
+HALF_PRODUCTS = 20  # of both halves of the data, in products over all of it
+SELFCHECK_PRODUCTS = 14
+RECOMPUTED = 3  # products in one measurement of a block's noise
+
+
+@dataclass(frozen=True)
+class BlockEstimate:
+    """What one block will cost.
+
+    Attributes:
+        name: Of the block.
+        size: Parameters.
+        skipped: Why it will not be analysed, or None.
+        method: ``exact``, ``cut from whole`` (exact, from the matrix of the whole network),
+            ``lanczos`` or ``power``; empty when skipped.
+        engine: How its products are computed; empty when there are none.
+        products: Curvature products, at most.
+        noise_products: Those that measure their rounding, apart.
+        seconds: In all.
+        memory: Bytes at the peak, above what the process held before.
+    """
+
+    name: str
+    size: int
+    skipped: str | None
+    method: str = ""
+    engine: str = ""
+    products: int = 0
+    noise_products: int = 0
+    seconds: float = 0.0
+    memory: int = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an analysis will cost.
+
+    Attributes:
+        blocks: In the order of the table.
+        device: Where it will run.
+        dtype: Of its products.
+        setup_seconds: Loading data, hashing, the loss.
+        selfcheck_products: Products of the self-checks, about.
+        selfcheck_seconds: Measured.
+        selfcheck_memory: Bytes at their peak, as for a block.
+    """
+
+    blocks: tuple[BlockEstimate, ...]
+    device: str
+    dtype: str
+    setup_seconds: float
+    selfcheck_products: int
+    selfcheck_seconds: float
+    selfcheck_memory: int
+
+    @property
+    def products(self) -> int:
+        """Of all blocks, self-checks and noise apart."""
+        return sum(block.products for block in self.blocks)
+
+    @property
+    def seconds(self) -> float:
+        """From the model on loan to its return."""
+        work = sum(block.seconds for block in self.blocks)
+        return self.setup_seconds + self.selfcheck_seconds + work
+
+    @property
+    def memory(self) -> int:
+        """Bytes at the peak: blocks come one after the other."""
+        return max([self.selfcheck_memory, *(block.memory for block in self.blocks)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries for JSON."""
+        return asdict(self) | {
+            "products": self.products,
+            "noise_products": sum(block.noise_products for block in self.blocks),
+            "seconds": self.seconds,
+            "memory": self.memory,
+        }
+
+
+def estimate(
+    task: Task,
+    checkpoint: str | Path | Checkpoint | None = None,
+    *,
+    trust: bool = False,
+    report: Report | None = None,
+    **options: Any,
+) -> Estimate:
+    """Products, seconds and peak memory that :func:`hessdiag.analyze` will take, per block.
+
+    Args:
+        task: Model, data and loss.
+        checkpoint: Whose weights are loaded for the measurements; None takes the model's own.
+        trust: Allow a checkpoint that is a pickled module, which runs code when it is loaded.
+        report: Called with an :class:`Event` before each block.
+        **options: Those of ``analyze``.
+    Returns:
+        The estimate. A block above the exact limit is counted at the most that it may cost; a
+        positive definite one of a huge range may take ten times its dense solve. The model is
+        bit for bit what it was.
+    Raises:
+        HessdiagError: As ``analyze`` would: the self-checks are run too.
+    Cost:
+        The self-checks, and per block whose products are computed 2 to 20 products, one
+        measurement of their rounding and its engine; two small dense solves.
+    """
+    chosen = make_options(**options)
+    if isinstance(checkpoint, (str, Path)):
+        checkpoint = read_checkpoint(checkpoint, trust=trust)
+    model = bare(task.model)
+    blocks = find_blocks(model, chosen.blocks)
+    device = pick_device(chosen.device)
+    peak = PeakMemory(device)
+    peak.begin()
+    dtype = torch.float64 if chosen.dtype == "float64" else torch.float32
+    with (
+        loan([model], mode=task.mode, dtype=dtype, device=device),
+        exact_arithmetic([model], dtype),
+    ):
+        started = time.perf_counter()
+        if checkpoint is not None:
+            model.load_state_dict(match_weights(checkpoint, model).weights, strict=False)
+        batches = load_batches(
+            task.data,
+            units(task),
+            dtype=dtype,
+            device=device,
+            batch_size=chosen.batch_size,
+            max_examples=chosen.max_examples,
+            seed=chosen.seed,
+            order_matters=has_batch_statistics(model),
+        )
+        objective = Objective(model, as_loss(task), batches)
+        objective.value()
+        setup = time.perf_counter() - started
+        named = dict(named_parameters(model))
+        wanted = [block for block in blocks if block.skipped is None]
+        names = list(dict.fromkeys(name for block in wanted for name in block.parameters))
+        started = time.perf_counter()
+        if names:
+            run_selfchecks(
+                objective,
+                [named[name] for name in names],
+                curvature=chosen.curvature,
+                seed=chosen.seed,
+            )
+        checked, check_memory = time.perf_counter() - started, peak.rise()
+        measure = _Measure(objective, named, chosen, peak)
+        found = []
+        for position, block in enumerate(blocks):
+            if report is not None:
+                report(Event(message=f"timing block {position + 1}/{len(blocks)} {block.name}"))
+            found.append(measure.block(block, blocks))
+    return Estimate(
+        blocks=tuple(found),
+        device=str(device),
+        dtype=chosen.dtype,
+        setup_seconds=setup,
+        selfcheck_products=SELFCHECK_PRODUCTS,
+        selfcheck_seconds=checked,
+        selfcheck_memory=check_memory,
+    )
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """What was measured on a block.
+
+    Attributes:
+        engine: How its products are computed; empty for none.
+        build: Seconds that the engine took.
+        product: Of one product.
+        noise: Of one measurement of a product's rounding, three recomputed products.
+        gradient: Of a gradient and its rounding.
+        memory: Bytes at the peak of all that.
+    """
+
+    engine: str
+    build: float
+    product: float
+    noise: float
+    gradient: float
+    memory: int
+
+
+class _Measure:
+    """Times a few products of each block, and knows what the rest of its work costs."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        named: dict[str, nn.Parameter],
+        options: Options,
+        peak: PeakMemory,
+    ) -> None:
+        self.objective = objective
+        self.named = named
+        self.options = options
+        limit = options.exact_limit
+        self.limit = EXACT_LIMIT[peak.device.type] if limit is None else limit
+        self.dense = DenseTimes(peak.device)
+        self.peak = peak
+
+    def block(self, block: Block, blocks: Sequence[Block]) -> BlockEstimate:
+        """What one block will cost, by the way in which it will be solved."""
+        if block.skipped is not None:
+            return BlockEstimate(block.name, block.size, block.skipped)
+        parameters = [self.named[name] for name in block.parameters]
+        whole = next((b.size for b in blocks if b.name == WHOLE and b.skipped is None), None)
+        assembled = whole if whole is not None and whole <= self.limit else None
+        if block.size > self.limit:
+            return self._matrix_free(block, self._timed(parameters))
+        return self._exact(block, parameters, assembled)
+
+    def _exact(
+        self, block: Block, parameters: Sequence[nn.Parameter], assembled: int | None
+    ) -> BlockEstimate:
+        """By its matrix: ``assembled``, the size of the whole network's, is not made twice."""
+        cut = assembled is not None and block.name != WHOLE
+        timed = self._timed(parameters, products=not cut)
+        count = 0 if cut else block.size
+        # Two measurements for the rows, one for the equilibrated matrix.
+        seconds = timed.build + timed.gradient + 3 * timed.noise
+        seconds += (count + 2 * (not cut)) * timed.product + self.dense.seconds(block.size)
+        matrix = 8 * block.size**2
+        held = 8 * assembled**2 if cut and assembled is not None else 0
+        solve = self.peak.held() + round((1 + DENSE_COPIES) * matrix)
+        halves = self._halves(timed) if not cut else self._halves(self._timed(parameters))
+        return BlockEstimate(
+            name=block.name,
+            size=block.size,
+            skipped=None,
+            method="cut from whole" if cut else "exact",
+            engine=timed.engine,
+            products=count,
+            noise_products=3 * RECOMPUTED + 2 * (not cut),
+            seconds=seconds + halves,
+            memory=held + max(solve, timed.memory + matrix),
+        )
+
+    def _matrix_free(self, block: Block, timed: _Timed) -> BlockEstimate:
+        """From products alone, at the most that they may be."""
+        options, size = self.options, block.size
+        width = torch.finfo(next(iter(self.named.values())).dtype).bits // 8
+        basis = options.steps * size * width
+        device = next(iter(self.named.values())).device
+        budget = options.memory_budget
+        if budget is None:
+            budget = free_memory(device) // 2
+        power = options.eigensolver == "power" or basis > budget
+        steps = options.steps if power else min(options.steps, size)
+        forecast = min(FORECAST_STEPS, size)
+        density = DENSITY_PROBES * min(DENSITY_STEPS, size) if options.density else 0
+        products = steps + forecast + options.probes + density
+        # Each basis vector is read four times per step: orthogonalised twice, there and back.
+        reads = 2 * ((0 if power else steps**2) + forecast**2)
+        reads += 4 * options.probes * (0 if power else steps)
+        reads += 2 * DENSITY_PROBES * DENSITY_STEPS**2 if density else 0
+        seconds = timed.build + timed.gradient + 2 * timed.noise + (2 + products) * timed.product
+        seconds += reads * self.dense.pass_seconds(size)
+        vectors = max(0 if power else steps, forecast) + 3 * options.probes + 10
+        vectors += min(DENSITY_STEPS, size) if density else 0
+        return BlockEstimate(
+            name=block.name,
+            size=size,
+            skipped=None,
+            method="power" if power else "lanczos",
+            engine=timed.engine,
+            products=products,
+            noise_products=2 * RECOMPUTED + 2,
+            seconds=seconds + self._halves(timed),
+            memory=timed.memory + vectors * size * width,
+        )
+
+    def _halves(self, timed: _Timed) -> float:
+        """Seconds of ``half_ratio``: an engine and 20 products on each half of the data."""
+        if self.options.max_examples is None:
+            return 0.0
+        return timed.build + HALF_PRODUCTS * timed.product
+
+    def _timed(self, parameters: Sequence[nn.Parameter], *, products: bool = True) -> _Timed:
+        """Time what a block does with its engine; none is built where there are no ``products``."""
+        options = self.options
+        self.peak.begin()
+        size = sum(p.numel() for p in parameters)
+        vector = rademacher(
+            size,
+            generator=generator(options.seed, "estimate"),
+            dtype=parameters[0].dtype,
+            device=parameters[0].device,
+        )
+        engine: Engine | None = None
+        build = product = 0.0
+        if products:
+            started = self._now()
+            engine = make_engine(
+                self.objective,
+                parameters,
+                curvature=options.curvature,
+                engine=options.engine,
+                memory_budget=options.memory_budget,
+            )
+            build = self._now() - started
+            made = engine
+            product = self._typical(lambda: made(vector))
+        started = self._now()
+        noise_of(self.objective, parameters, options.curvature)(vector)
+        noise = self._now() - started
+        started = self._now()
+        gradient_noise(self.objective, parameters)
+        self.objective.gradient(parameters)
+        gradient = self._now() - started
+        return _Timed(
+            engine="" if engine is None else engine.name,
+            build=build,
+            product=product,
+            noise=noise,
+            gradient=gradient,
+            memory=self.peak.rise(),
+        )
+
+    def _typical(self, call: Callable[[], object]) -> float:
+        """The median seconds of a few calls, after one that warms up."""
+        call()
+        taken: list[float] = []
+        least, most = TIMED_PRODUCTS
+        while len(taken) < least or (sum(taken) < TIMED_SECONDS and len(taken) < most):
+            started = self._now()
+            call()
+            taken.append(self._now() - started)
+        return sorted(taken)[len(taken) // 2]
+
+    def _now(self) -> float:
+        device = next(iter(self.named.values())).device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
