@@ -29,6 +29,7 @@ STEPS = {
     torch.float64: (3e-5, 3e-6, 3e-7, 3e-8),
     torch.float32: (1e-2, 3e-3, 1e-3, 1e-4, 1e-5, 3e-6, 1e-6, 3e-7),
 }
+FAR_STEPS = (3e-4, 3e-3, 3e-2)  # for a curvature that is small beside the gradient
 SLOPE_LIMIT = 1e-2
 NOISE_FACTOR = 1e3
 KINK_MOVE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -283,23 +284,33 @@ def _difference(subject: _Subject) -> Check:
     diagonal = (sign * bent).abs()
     size = torch.maximum(diagonal, 1e-3 * bent.abs())
     scaled = torch.where(size > 0, sign / size.clamp_min(1e-300).sqrt(), torch.zeros_like(sign))
-    best, drowned = float("inf"), False
-    wrong = gradient_noise(subject.objective, subject.parameters)
-    rounding = 10 * float(wrong.norm())
-    for direction in (sign, scaled):
-        unit = direction / direction.norm() * subject.length
-        wanted = product(unit)
-        scale = float(wanted.norm())
-        for step in steps:
-            error = _one_difference(subject, unit, step, wanted)
-            best = min(best, error / scale if scale else 0.0)
-            drowned |= error <= rounding / step
-            if best < 0.01 * limit:
-                return Check(best, limit, True)
-    if best >= limit and drowned and subject.precision == torch.float64:
-        # Beside a large gradient a difference of gradients cannot see so small a curvature.
+    directions = [(d / d.norm() * subject.length) for d in (sign, scaled)]
+    claims = [(unit, product(unit)) for unit in directions]
+    best, seen = float("inf"), []
+    tries = [(claim, step) for claim in claims for step in steps]
+    if subject.precision == torch.float64:
+        tries += [(claim, step) for claim in claims for step in FAR_STEPS]
+    for (unit, wanted), step in tries:
+        if best < limit and step in FAR_STEPS:
+            break
+        error = _one_difference(subject, unit, step, wanted)
+        seen.append((error, step))
+        best = min(best, error / float(wanted.norm()) if wanted.any() else 0.0)
+        if best < 0.01 * limit:
+            break
+    if best >= limit and subject.precision == torch.float64 and _drowned(subject, seen):
         return Check(best, limit, True, "the difference is drowned in the gradient's rounding")
     return Check(best, limit, best < limit)
+
+
+def _drowned(subject: _Subject, seen: Sequence[tuple[float, float]]) -> bool:
+    """Whether, at the step that sees most, no more is left than the gradient's rounding.
+
+    Beside a large gradient a difference of gradients cannot see a small curvature.
+    """
+    rounding = 10 * float(gradient_noise(subject.objective, subject.parameters).norm())
+    error, step = min(seen, key=lambda found: found[0] + rounding / found[1])
+    return error <= 3 * rounding / step
 
 
 def _one_difference(subject: _Subject, unit: Vector, step: float, wanted: Vector) -> float:

@@ -89,7 +89,7 @@ class Objective:
         return total
 
 
-def _why_loss_failed(error: Exception) -> str:
+def _why_loss_failed(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     message = f"the task's loss raised {type(error).__name__}: {text}"
     if "dtype" in text or "scalar type" in text:

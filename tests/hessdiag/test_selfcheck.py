@@ -243,11 +243,15 @@ def test_a_curvature_that_differences_cannot_see_beside_the_slope_passes_with_a_
 
     torch.manual_seed(0)
     data = [torch.zeros(1, 1, dtype=torch.float64)]
-    checks = check(networks.Task(Steep(1e-11), data, loss), networks)
+    checks = check(networks.Task(Steep(1e-10), data, loss), networks)
+    assert checks.difference.passed
+    assert checks.notices == ()  # a longer step sees it
+    checks = check(networks.Task(Steep(1e-13), data, loss), networks)
     assert checks.difference.passed
     assert any("drowned" in notice for notice in checks.notices)
-    with pytest.raises(SelfCheckFailed):
-        check(networks.Task(Steep(1e-3, wrong=True), data, loss), networks)
+    for curvature in (1e-3, 1e-6, 1e-8):
+        with pytest.raises(SelfCheckFailed):
+            check(networks.Task(Steep(curvature, wrong=True), data, loss), networks)
 
 
 def test_a_relu_network_with_many_samples_passes_in_float32(networks):
