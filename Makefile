@@ -15,6 +15,10 @@ test: $(VENV)/.test lint
 test-slow: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
 
+ROUNDS ?= 200
+fuzz: $(VENV)/.test
+	HESSDIAG_FUZZ=$(ROUNDS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz -n 2 -q
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

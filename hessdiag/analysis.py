@@ -69,8 +69,9 @@ def analyze(
             a note of the exception says so.
     Cost:
         n products for a block of n ≤ ``exact_limit`` parameters (the whole network's serve all
-        its layers), at most ``steps`` for a larger one; about 14 products of self-checks and 8
-        per block for its noise.
+        its layers); at most ``steps`` + 20 + ``probes`` for a larger one, 600 more with
+        ``density``, 20 on each half of the data with ``max_examples``. About 14 products of
+        self-checks and 8 per block for its noise.
     """
     if not isinstance(task, Task):
         raise OptionError(f"analyze needs a hessdiag.Task, not {type(task).__name__}")
@@ -161,10 +162,11 @@ class Analysis:
                 )
             weights = hash_tensors({**network.named, **dict(model.named_buffers())})
             loss = objective.value()
-            fingerprint = make_fingerprint(
-                self.task, weights, batches, optimizer, loss, device.type, options
-            )
             wanted = [block for block in blocks if block.skipped is None]
+            constrained = network.constrained(wanted)
+            fingerprint = make_fingerprint(
+                self.task, weights, batches, optimizer, loss, device.type, options, constrained
+            )
             config = self._config(str(device))
             self.begun = begin(
                 output, fingerprint, config, wanted, options, self.report, force=force

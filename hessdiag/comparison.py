@@ -8,6 +8,7 @@ from hessdiag.quantity import Quantity
 
 TWO_SIDED = ("exact", "interval")
 ONE_SIDED = ("lower-bound", "upper-bound")
+CERTAIN = 0.99  # confidence of a difference that is called certain
 
 
 def ratio(first: Quantity, second: Quantity, *, nonnegative: bool = True) -> Quantity:
@@ -60,9 +61,9 @@ def difference(first: Quantity, second: Quantity) -> Quantity:
 def certain_sign(difference: Quantity) -> int:
     """1 where the second is certainly larger, -1 where it is smaller, 0 where neither is known.
 
-    An estimate certifies nothing.
+    An estimate certifies nothing, nor does an interval of less than 99 %.
     """
-    if difference.status not in (*TWO_SIDED, *ONE_SIDED):
+    if difference.status not in (*TWO_SIDED, *ONE_SIDED) or (difference.confidence or 0) < CERTAIN:
         return 0
     if difference.low is not None and difference.low > 0:
         return 1

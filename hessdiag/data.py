@@ -192,7 +192,10 @@ def _counted(units: Callable[[Any], float], batch: Any) -> float:
 def _read(data: Iterable[Any]) -> Iterator[Any]:
     """The batches; what the user's data raise becomes one error that says so."""
     try:
-        yield from data
+        for batch in data:
+            if any(tensor.is_meta for tensor in leaves(batch)):
+                raise TaskError("the task's data are on the meta device and hold no numbers")
+            yield batch
     except HessdiagError:
         raise
     except (Exception, SystemExit) as error:

@@ -14,18 +14,19 @@ from torch import nn
 from hessdiag.analysis import has_batch_statistics, pick_device
 from hessdiag.blocks import WHOLE, Block, find_blocks
 from hessdiag.checkpoint import Checkpoint, match_weights, read_checkpoint
-from hessdiag.curvature.engines import Engine, free_memory, make_engine
+from hessdiag.curvature.engines import Engine, make_engine
 from hessdiag.curvature.loan import bare, exact_arithmetic, loan
 from hessdiag.curvature.objective import Objective
 from hessdiag.curvature.precision import gradient_noise, noise_of
 from hessdiag.data import load_batches
 from hessdiag.names import named_parameters
+from hessdiag.network import allowed
 from hessdiag.options import EXACT_LIMIT, Options, make_options
 from hessdiag.peak import PeakMemory
 from hessdiag.progress import Event, Report
 from hessdiag.selfcheck import run_selfchecks
+from hessdiag.solve.budget import DENSITY_PROBES, POWER_VECTORS
 from hessdiag.solve.calibration import DENSE_COPIES, DenseTimes
-from hessdiag.solve.matrix_free import DENSITY_PROBES, DENSITY_STEPS, FORECAST_STEPS
 from hessdiag.task import Task, as_loss, units
 from hessdiag_probes.random import generator, rademacher
 
@@ -275,25 +276,19 @@ class _Measure:
     def _matrix_free(self, block: Block, timed: _Timed) -> BlockEstimate:
         """From products alone, at the most that they may be."""
         options, size = self.options, block.size
-        width = torch.finfo(next(iter(self.named.values())).dtype).bits // 8
-        basis = options.steps * size * width
-        device = next(iter(self.named.values())).device
-        budget = options.memory_budget
-        if budget is None:
-            budget = free_memory(device) // 2
-        power = options.eigensolver == "power" or basis > budget
+        like = next(iter(self.named.values()))
+        budget = allowed(options, size, like)
+        power = budget.power
         steps = options.steps if power else min(options.steps, size)
-        forecast = min(FORECAST_STEPS, size)
-        density = DENSITY_PROBES * min(DENSITY_STEPS, size) if options.density else 0
-        products = steps + forecast + options.probes + density
+        forecast, depth = min(budget.forecast, size), min(budget.density, size)
+        products = budget.products(size)
         # Each basis vector is read four times per step: orthogonalised twice, there and back.
         reads = 2 * ((0 if power else steps**2) + forecast**2)
         reads += 4 * options.probes * (0 if power else steps)
-        reads += 2 * DENSITY_PROBES * DENSITY_STEPS**2 if density else 0
+        reads += 2 * DENSITY_PROBES * depth**2
         seconds = timed.build + timed.gradient + 2 * timed.noise + (2 + products) * timed.product
         seconds += reads * self.dense.pass_seconds(size)
-        vectors = max(0 if power else steps, forecast) + 3 * options.probes + 10
-        vectors += min(DENSITY_STEPS, size) if density else 0
+        vectors = (0 if power else steps) + max(forecast, depth) + POWER_VECTORS
         return BlockEstimate(
             name=block.name,
             size=size,
@@ -303,7 +298,7 @@ class _Measure:
             products=products,
             noise_products=2 * RECOMPUTED + 2,
             seconds=seconds + self._halves(timed),
-            memory=timed.memory + vectors * size * width,
+            memory=timed.memory + vectors * size * like.element_size(),
         )
 
     def _halves(self, timed: _Timed) -> float:

@@ -30,8 +30,12 @@ def make_fingerprint(
     loss: float,
     device_type: str,
     options: Options,
+    constrained: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Hashes of weights, optimizer state, data and structure, and the options by name."""
+    """Hashes of weights, optimizer state, data and structure, and the options by name.
+
+    The memory budget is neutral but for what it does not allow, which ``constrained`` lists.
+    """
     model = bare(task.model)
     fields: dict[str, Any] = {
         "weights": weights,
@@ -41,6 +45,7 @@ def make_fingerprint(
         "loss": loss,
         "mode": task.mode,
         "device_type": device_type,
+        "memory": dict(constrained),
     }
     for name in Options.__dataclass_fields__:
         if name not in NEUTRAL:

@@ -87,7 +87,11 @@ def guarded(call: Callable[[], T], path: Path | None) -> T:
 def _described(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg}"
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    try:
+        words = str(error)
+    except Exception:  # it is the user's class
+        words = ""
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
 def _place(error: BaseException, path: Path | None) -> str:

@@ -23,14 +23,15 @@ from hessdiag.progress import Event, Report
 from hessdiag.quantity import Quantity
 from hessdiag.selfcheck import SelfChecks
 from hessdiag.solve import (
-    FORECAST_STEPS,
     Budget,
     Problem,
     Solved,
+    fitted,
     measure_noise,
     solve_exact,
     solve_matrix_free,
 )
+from hessdiag.solve.budget import DENSITY_STEPS
 from hessdiag_probes.exact import assemble
 from hessdiag_probes.lanczos import lanczos
 from hessdiag_probes.random import generator, sphere
@@ -40,6 +41,21 @@ HALF_STEPS = 20
 SQUARES = (1e-140, 1e140)  # numbers whose squares, and sums of them, float64 holds
 REPORT_EVERY = 0.1  # seconds
 NOT_CONVEX = "the loss is not recognised as convex in the outputs, so nothing is claimed from that"
+
+
+def allowed(options: Options, size: int, like: Tensor) -> Budget:
+    """What a block above the exact limit may cost, of numbers like ``like``, on its device."""
+    free = options.memory_budget
+    if free is None:
+        free = free_memory(like.device) // 2
+    wanted = Budget(
+        steps=options.steps,
+        probes=options.probes,
+        density=DENSITY_STEPS if options.density else 0,
+        tolerance=options.tolerance,
+        power=options.eigensolver == "power",
+    )
+    return fitted(wanted, size, number=like.element_size(), free=free)
 
 
 class Network:
@@ -64,6 +80,7 @@ class Network:
         self.loss = 0.0
         self.narrow = False
         self.deadline: float | None = None
+        self._budgets: dict[str, Budget] = {}
 
     def select(self, names: Sequence[str]) -> list[nn.Parameter]:
         """The parameters of these names."""
@@ -94,23 +111,21 @@ class Network:
             problem = self._problem(block, parameters, lambda v: (cut @ v.to(cut)).to(v))
             return self._certified(solve_exact(cut, problem)), 0
         device, dtype = parameters[0].device, parameters[0].dtype
-        limit = EXACT_LIMIT[device.type] if options.exact_limit is None else options.exact_limit
-        exact = block.size <= limit
+        exact = self.is_exact(block)
         engine = self._engine(self.objective, parameters)
         engines[block.name] = engine.name
         problem = self._problem(block, parameters, engine)
         if not exact:
-            budget, reason = self._budget(block, parameters[0])
+            budget = replace(self.budget(block), deadline=self.deadline)
             if options.curvature == "ggn":
                 convex = convex_loss(self.objective, parameters)
                 problem = replace(problem, semidefinite=convex)
-                reason += [] if convex else [NOT_CONVEX]
-            total = budget.steps + FORECAST_STEPS + budget.probes
-            watched = self._watched(engine, block, index, count, total)
+                reasons = budget.reasons if convex else (*budget.reasons, NOT_CONVEX)
+                budget = replace(budget, reasons=reasons)
+            most = budget.products(block.size)
+            watched = self._watched(engine, block, index, count, most)
             solved, products = solve_matrix_free(watched, problem, budget)
             self.report(Event(block.name, index, count, products, products))
-            notes = [*reason, *solved.values["notes"]]  # type: ignore[misc]
-            solved = Solved(solved.values | {"notes": notes}, solved.spectrum, solved.rows)
             return self._certified(solved), products
         watched = self._timed(self._watched(engine, block, index, count, block.size))
         found = assemble(watched, block.size, dtype=dtype, device=device)
@@ -120,35 +135,33 @@ class Network:
             self.take_matrix(block, found.matrix)
         return self._certified(solve_exact(found.matrix, problem)), found.matvecs
 
-    def _budget(self, block: Block, like: Tensor) -> tuple[Budget, list[str]]:
-        """What a block above the exact limit may cost, and why power iteration if that is so."""
-        options = self.options
-        basis = options.steps * block.size * like.element_size()
-        free = options.memory_budget
-        if free is None:
-            free = free_memory(like.device) // 2
-        power, reason = options.eigensolver == "power", []
-        if not power and basis > free:
-            power = True
-            reason.append(
-                f"power iteration: a Krylov basis of {basis / 2**30:.1f} GiB does not fit "
-                f"{free / 2**30:.1f} GiB"
-            )
-        budget = Budget(
-            steps=options.steps,
-            probes=options.probes,
-            density=options.density,
-            tolerance=options.tolerance,
-            power=power,
-            deadline=self.deadline,
-        )
-        return budget, reason
+    def is_exact(self, block: Block) -> bool:
+        """Whether the block is assembled and solved."""
+        limit = self.options.exact_limit
+        if limit is None:
+            limit = EXACT_LIMIT[next(iter(self.named.values())).device.type]
+        return block.size <= limit
+
+    def budget(self, block: Block) -> Budget:
+        """What a block above the exact limit may cost; decided once, for memory comes and goes."""
+        if block.name not in self._budgets:
+            like = self.named[block.parameters[0]]
+            self._budgets[block.name] = allowed(self.options, block.size, like)
+        return self._budgets[block.name]
+
+    def constrained(self, blocks: Sequence[Block]) -> dict[str, list[str]]:
+        """What memory does not allow, by block: it changes numbers."""
+        large = [b for b in blocks if b.skipped is None and not self.is_exact(b)]
+        return {b.name: list(self.budget(b).reasons) for b in large if self.budget(b).reasons}
+
+    def _late(self, _: object = None) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
 
     def _timed(self, product: Matvec) -> Matvec:
         """``product`` until the deadline: half a matrix certifies nothing."""
 
         def timed(vector: Vector) -> Vector:
-            if self.deadline is not None and time.monotonic() >= self.deadline:
+            if self._late():
                 raise OutOfTime(
                     f"not assembled within --max-seconds {self.options.max_seconds:g}; allow "
                     "more, or lower --exact-limit for bounds from fewer products"
@@ -255,8 +268,8 @@ class Network:
                 dtype=parameters[0].dtype,
                 device=parameters[0].device,
             )
-            run = lanczos(engine, start, min(HALF_STEPS, block.size))
+            run = lanczos(engine, start, min(HALF_STEPS, block.size), converged=self._late)
             tops.append(float(run.ritz().value[-1]) + self.options.weight_decay)
-        if min(tops) <= 0:
+        if min(tops) <= 0 or self._late():
             return Quantity.unresolved()
         return Quantity.estimate(tops[0] / tops[1])

@@ -271,8 +271,12 @@ def _parse(reference: str, source: str, cwd: Path, arguments: Mapping[str, str])
     if not name.isidentifier():
         raise wrong
     if place.endswith(".py"):
-        path = (cwd / Path(place).expanduser()).resolve()
-        if not path.is_file():
+        try:
+            path = (cwd / Path(place).expanduser()).resolve()
+            there = path.is_file()
+        except (OSError, ValueError, RuntimeError) as error:  # too long, a null, no such ~user
+            raise TaskError(f"{place[:100]} is no path of a file ({source}): {error}") from error
+        if not there:
             files = [file.name for file in path.parent.glob("*.py")]
             raise TaskError(
                 f"there is no file {place} ({source}){_near(path.name, files)}; "
@@ -290,7 +294,7 @@ def _configured(path: Path) -> str | None:
         return None
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOML's, Unicode's, a number of 5,000 digits
         raise TaskError(f"{path} is not valid TOML: {error}; correct it, or give --task") from error
     except OSError as error:
         raise TaskError(f"{path} cannot be read: {error.strerror}; or give --task") from error

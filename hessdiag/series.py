@@ -14,14 +14,13 @@ FORMAT = "hessdiag-runs"
 VERSION = "1.0.0"
 
 COUNTED = re.compile(r"(?:step|iter|iteration|checkpoint|ckpt)s?[-_=. ]?(\d+)", re.IGNORECASE)
-NUMBER = re.compile(r"(?<![A-Za-z0-9.])\d+(?![A-Za-z0-9.])")
-EPOCH = re.compile(r"epoch", re.IGNORECASE)
 
 
 def step_of(run: Run) -> int | None:
     """The training step of a run: what its checkpoint says, else a number in its file name.
 
-    A name counts with a word such as ``step-200``, or with its only number; never an epoch.
+    A name counts with a word such as ``step-200``, or when it is nothing but a number: a seed, a
+    size or an epoch is no step.
     """
     config = run.provenance.config
     step = config.get("step")
@@ -36,10 +35,7 @@ def named_step(name: str) -> int | None:
     counted = COUNTED.findall(stem)
     if counted:
         return int(counted[-1])
-    numbers = NUMBER.findall(stem)
-    if len(numbers) == 1 and not EPOCH.search(stem):
-        return int(numbers[0])
-    return None
+    return int(stem) if stem.isdecimal() else None
 
 
 def runs_document(runs: Sequence[Run]) -> dict[str, Any]:

@@ -97,6 +97,8 @@ def as_loss(task: Task) -> Loss:
                 "the task's loss must return one real number, the mean over the batch, "
                 f"not {value.dtype} of shape {tuple(value.shape)}; take its .mean()"
             )
+        if value.is_meta:
+            raise TaskError("the task's loss is on the meta device and holds no number")
         return value.reshape(())
 
     return scalar_loss

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -130,7 +132,8 @@ def analyze(
     jobs = plan(checkpoint, output)
     tasks = Tasks(task, task_arg or [], data)
     if len(jobs) > 1:
-        check_all(jobs, tasks, trust=trust)
+        with redirect_stdout(sys.stderr):
+            check_all(jobs, tasks, trust=trust)
     runs: list[Run] = []
     told: set[str] = set()
     for position, job in enumerate(jobs):
@@ -176,7 +179,8 @@ def _analyze(
     found = tasks.find(source)
     lines = [f"task {found.reference} ({found.source})"]
     _tell(lines, told, quiet=quiet)
-    with progress(quiet=quiet) as report:
+    # What the user's code prints is no part of the result.
+    with progress(quiet=quiet) as report, redirect_stdout(sys.stderr):
         run = run_analysis(
             tasks.load(found),
             checkpoint=source,

@@ -8,6 +8,8 @@ from typing import Annotated
 
 from typer import Option
 
+from hessdiag.plain import printable_lines
+
 Json = Annotated[bool, Option("--json", help="Print one JSON document and nothing else.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="No notices and no progress on stderr.")]
 Verbose = Annotated[bool, Option("--verbose", "-v", help="Say more on stderr.")]
@@ -43,7 +45,7 @@ def emit(text: str) -> None:
 def notice(text: str, *, quiet: bool = False) -> None:
     """Print a notice to stderr, unless the user asked for quiet."""
     if not quiet:
-        sys.stderr.write(f"{text}\n")
+        sys.stderr.write(f"{printable_lines(text)}\n")
         sys.stderr.flush()
 
 
@@ -55,4 +57,5 @@ def fail(text: str) -> None:
 
     columns = None if sys.stderr.isatty() else WIDTH_OFF_TERMINAL
     screen = Console(stderr=True, width=columns, highlight=False)
-    screen.print(Panel(Text(text), title="hessdiag: error", title_align="left", border_style="red"))
+    shown = Text(printable_lines(text))
+    screen.print(Panel(shown, title="hessdiag: error", title_align="left", border_style="red"))

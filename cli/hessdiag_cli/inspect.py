@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -126,11 +128,11 @@ def _check(options: dict[str, Any], *, estimate: bool) -> None:
 
 
 def _cost(found: Resolution, read: Checkpoint, options: dict[str, Any], *, quiet: bool) -> Estimate:
-    """Runs the task's code."""
+    """Runs the task's code, whose prints are no part of the result."""
     from hessdiag.estimate import estimate as predict
     from hessdiag_cli.progress import progress
 
-    with progress(quiet=quiet) as report:
+    with progress(quiet=quiet) as report, redirect_stdout(sys.stderr):
         return predict(found.load(), read, report=report, **options)
 
 
@@ -161,6 +163,8 @@ def _text(checkpoint: Checkpoint, found: Resolution | None, *, rows: int | None,
     from rich.table import Table
     from rich.text import Text
 
+    from hessdiag.plain import printable, printable_lines
+
     weights = checkpoint.weights
     values = sum(tensor.numel() for tensor in weights.values())
     lines = [
@@ -187,7 +191,7 @@ def _text(checkpoint: Checkpoint, found: Resolution | None, *, rows: int | None,
     for name, tensor in list(weights.items())[:rows]:
         bad = _nonfinite(tensor)
         table.add_row(
-            Text(name),
+            Text(printable(name)),
             " × ".join(map(str, tensor.shape)) or "scalar",
             _dtype(tensor),
             f"{tensor.numel():,}",
@@ -204,7 +208,7 @@ def _text(checkpoint: Checkpoint, found: Resolution | None, *, rows: int | None,
         if broken:
             text += f"; NaN or infinite values in {', '.join(broken[:4])}"
             text += ", …" if len(broken) > 4 else ""
-    return text
+    return printable_lines(text)
 
 
 def _optimizer(raw: dict[str, Any]) -> dict[str, Any]:

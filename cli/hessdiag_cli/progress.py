@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from hessdiag.plain import printable, printable_lines
+
 if TYPE_CHECKING:
     from hessdiag.progress import Event
 
@@ -50,12 +52,12 @@ def _bar() -> Iterator[Callable[[Event], None]]:
 
         def report(event: Event) -> None:
             if event.message:
-                display.console.print(event.message, markup=False, highlight=False)
+                display.console.print(printable_lines(event.message), markup=False, highlight=False)
                 return
             if event.block not in shown:
                 for previous in shown.values():
                     display.update(previous, visible=False)
-                label = f"block {event.index}/{event.count}  {event.block}"
+                label = f"block {event.index}/{event.count}  {printable(event.block)}"
                 shown[event.block] = display.add_task(label, total=event.total)
             display.update(shown[event.block], completed=event.done)
 
@@ -73,7 +75,7 @@ class _Lines:
     def __call__(self, event: Event) -> None:
         now = time.monotonic()
         if event.message:
-            self._print(event.message, now)
+            self._print(printable_lines(event.message), now)
             return
         if event.block != self.block:
             self.block, self.started, self.printed = event.block, now, now
@@ -85,7 +87,7 @@ class _Lines:
             self._print(self._line(event) + tail, now)
 
     def _line(self, event: Event) -> str:
-        where = f"block {event.index}/{event.count} {event.block}"
+        where = f"block {event.index}/{event.count} {printable(event.block)}"
         return f"{where}: {event.done} of {event.total} products"
 
     def _print(self, text: str, now: float) -> None:

@@ -23,6 +23,7 @@ def validate(
     Example: hessdiag validate model.h5
     """
     from hessdiag.errors import StoreError
+    from hessdiag.plain import printable
     from hessdiag.store import is_unfinished, open_run, validate_run
     from hessdiag.store.schema import FORMAT, VERSION
 
@@ -51,7 +52,7 @@ def validate(
             f"{'; unfinished: the same analyze resumes' * unfinished}"
         )
     else:
-        console.emit("\n".join(problems))
+        console.emit("\n".join(map(printable, problems)))
     if problems:
         count = f"{len(problems)} problem{'s' * (len(problems) != 1)}"
         raise StoreError(

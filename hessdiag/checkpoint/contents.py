@@ -109,6 +109,12 @@ def interpret(loaded: object, path: Path, container: str) -> Checkpoint:
             f"{path} holds no weights (keys: {_listed(loaded)}); "
             "save model.state_dict() with torch.save"
         )
+    hollow = [name for name, tensor in weights.items() if tensor.is_meta]
+    if hollow:
+        raise CheckpointError(
+            f"{path} holds tensors on the meta device, which have no values ({_listed(hollow)}); "
+            "save the state_dict() of a model that was given its weights"
+        )
     return Checkpoint(
         path,
         f"{name} ({container})",
@@ -158,12 +164,25 @@ def _is_state_dict(value: object) -> bool:
         isinstance(value, Mapping)
         and all(isinstance(name, str) for name in value)
         and any(isinstance(v, Tensor | np.ndarray) for v in value.values())
+        and not ("state" in value and "param_groups" in value)
     )
 
 
 def is_optimizer(value: object) -> TypeGuard[Mapping[str, Any]]:
-    """Whether this is the ``state_dict()`` of a torch optimizer."""
-    return isinstance(value, Mapping) and "state" in value and "param_groups" in value
+    """Whether this has the form of a torch optimizer's ``state_dict()``."""
+    if not isinstance(value, Mapping):
+        return False
+    groups = value.get("param_groups")
+    return (
+        isinstance(value.get("state"), Mapping)
+        and isinstance(groups, list)
+        and all(isinstance(group, Mapping) and _has_members(group) for group in groups)
+    )
+
+
+def _has_members(group: Mapping[Any, Any]) -> bool:
+    members = group.get("params")
+    return isinstance(members, list | tuple) and all(isinstance(m, int | str) for m in members)
 
 
 def _tensors(state: Mapping[Any, Any], notices: list[str]) -> dict[str, Tensor]:
@@ -173,7 +192,7 @@ def _tensors(state: Mapping[Any, Any], notices: list[str]) -> dict[str, Tensor]:
     for name, value in state.items():
         if str(name).rsplit(".", 1)[-1] == EXTRA_STATE:
             dropped.append(str(name))
-        elif isinstance(value, Tensor):
+        elif isinstance(value, Tensor) and not value.is_nested:
             weights[str(name)] = value.detach()
         elif isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
             weights[str(name)] = torch.from_numpy(value)
@@ -213,7 +232,7 @@ def _step(loaded: Mapping[Any, Any]) -> int | None:
         if isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point():
             value = value.item()
         if isinstance(value, int | np.integer) and not isinstance(value, bool):
-            return int(value)
+            return int(value) if abs(int(value)) < 1 << 63 else None
     return None
 
 

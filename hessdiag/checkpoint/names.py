@@ -25,6 +25,9 @@ AVERAGED = "n_averaged"
 OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"attn\.masked_bias$")
 """Buffers that transformers once stored, with what each model declares itself."""
 
+PACKED = (torch.float4_e2m1fn_x2,)
+"""Kinds of several numbers to the byte: torch stores them and computes nothing with them."""
+
 LISTED = 12
 
 
@@ -239,13 +242,15 @@ def finite(tensor: Tensor) -> Tensor:
         values = values.dequantize()
     if values.layout != torch.strided:
         values = values.to_dense()
+    if values.dtype in PACKED:
+        return torch.ones(values.shape, dtype=torch.bool)
     # The 8-bit types cannot be asked directly.
     narrow = values.is_floating_point() and values.element_size() == 1
     return torch.isfinite(values.float() if narrow else values)
 
 
 def _family(tensor: Tensor) -> str:
-    if tensor.layout != torch.strided or tensor.is_quantized:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype in PACKED:
         return "special"
     if tensor.is_complex():
         return "complex"

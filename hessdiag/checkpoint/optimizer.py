@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hessdiag.checkpoint.alignment import align
+from hessdiag.checkpoint.contents import is_optimizer
 from hessdiag.errors import TaskError
 from hessdiag.names import named_parameters
 
@@ -96,11 +97,9 @@ def map_optimizer(
 
 
 def _stored_groups(raw: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    groups, state = raw.get("param_groups"), raw.get("state")
-    whole = isinstance(groups, list) and isinstance(state, Mapping) and groups
-    if not whole or not all(isinstance(g, Mapping) and "params" in g for g in groups or ()):
+    if not is_optimizer(raw) or not raw["param_groups"]:
         raise _UnmappableError("it is not a state_dict() of a torch optimizer")
-    return list(groups or ())
+    return list(raw["param_groups"])
 
 
 def _slots(
@@ -147,7 +146,9 @@ def _stored_names(stored: list[Mapping[str, Any]]) -> list[list[str]] | None:
     names = []
     for group in stored:
         given = group.get("param_names", group["params"])
-        if len(given) != len(group["params"]) or not all(isinstance(n, str) for n in given):
+        if not isinstance(given, list | tuple) or len(given) != len(group["params"]):
+            return None
+        if not all(isinstance(name, str) for name in given):
             return None
         names.append(list(given))
     return names

@@ -24,11 +24,17 @@ _HARMLESS = re.compile(
 
 
 def refused_globals(path: Path, *, legacy: bool) -> list[str]:
-    """What keeps the safe reader from loading this torch file, each as ``module.name``, sorted."""
+    """What keeps the safe reader from loading this torch file, each as ``module.name``, sorted.
+
+    Empty where torch cannot follow the pickle.
+    """
     if not legacy:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        except Exception:  # whatever its unpickler makes of bytes that are no pickle
+            return []
     with path.open("rb") as file:
         found = {name for _ in range(LEGACY_PICKLES) for name in imported_names(file)}
     return sorted(name for name in found if not _HARMLESS.fullmatch(name))

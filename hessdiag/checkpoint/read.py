@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 from hessdiag.checkpoint import refusals
+from hessdiag.checkpoint.archive import opened
 from hessdiag.checkpoint.contents import Checkpoint
 from hessdiag.checkpoint.directory import read_directory
 from hessdiag.checkpoint.safetensors_file import read_safetensors
@@ -71,13 +71,8 @@ def _read_file(path: Path, *, trust: bool) -> Checkpoint:
 
 def _check_zip(path: Path) -> None:
     """Refuse the zip files that are no checkpoint of ``torch.save``, by what is in them."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or cut short ({error}); copy or save it again"
-        ) from error
+    with opened(path) as archive:
+        names = archive.namelist()
     inner = {name.split("/", 1)[-1] for name in names}
     if "constants.pkl" in inner:
         raise CheckpointError(refusals.torchscript(path))

@@ -19,6 +19,15 @@ def exported(path: Path) -> str:
     return f"{path} is an exported program (.pt2); convert it with\n  {_save(path, load)}"
 
 
+def compressed(path: Path) -> str:
+    """For a zip file that was packed again."""
+    load = f"torch.load({str(path)!r}, map_location='cpu', weights_only=True)"
+    return (
+        f"{path} is compressed, which files of torch.save are not; convert it with\n"
+        f"  {_save(path, load)}"
+    )
+
+
 def distributed(path: Path) -> str:
     """For a directory of ``torch.distributed.checkpoint``."""
     module = "torch.distributed.checkpoint.format_utils"
@@ -46,14 +55,9 @@ def checkpoints_inside(path: Path, names: Iterable[str]) -> str:
 
 def hdf5(path: Path) -> str:
     """For an HDF5 file, which may be a run of ours."""
-    import h5py
+    from hessdiag.store.read import is_run
 
-    try:
-        with h5py.File(path, "r") as file:
-            ours = file.attrs.get("encoding-type") == "hessdiag-run"
-    except OSError:
-        ours = False
-    if ours:
+    if is_run(path):
         show = shlex.join(["hessdiag", "show", str(path)])
         return f"{path} is a run of hessdiag, not a checkpoint; read it with: {show}"
     return f"{path} is an HDF5 file, not a checkpoint of torch; save model.state_dict()"

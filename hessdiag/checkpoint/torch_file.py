@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hessdiag.checkpoint.archive import check_records
 from hessdiag.checkpoint.contents import Checkpoint, interpret
 from hessdiag.checkpoint.pickles import refused_globals
 from hessdiag.errors import CheckpointError, UnsafeCheckpoint
@@ -46,6 +47,8 @@ def load(path: Path, *, trust: bool) -> Any:
             legacy = not file.read(len(ZIP)).startswith(ZIP)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if not legacy:
+        check_records(path)
     try:
         # Old files warn about their storage classes, which is nothing a user can act on.
         with warnings.catch_warnings():

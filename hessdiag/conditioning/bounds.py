@@ -130,7 +130,9 @@ def _definite(spectrum: RitzSpectrum, size: int) -> dict[str, Value]:
     """κ and the counts of a matrix with a positive floor under its spectrum."""
     floor, sure = spectrum.positive_floor or (0.0, 0.0)
     top, bottom = spectrum.top, spectrum.bottom
-    both = 1.0 - spectrum.failure - (1.0 - sure)
+    # The bound from outside may lie above a floor by structure; then both may fail.
+    nearer = _end(bottom.low) > floor
+    both = 1.0 - spectrum.failure * (1 + nearer) - (1.0 - sure)
     least = max(_end(top.low) / _end(bottom.high), 1.0)
     most = max(_end(top.high) / max(floor, _end(bottom.low)), least)
     middle = min(max(float(spectrum.value[-1]) / _end(bottom.value), least), most)

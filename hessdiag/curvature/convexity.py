@@ -37,6 +37,7 @@ CONVEX_OF_AFFINE = frozenset(
         *("BinaryCrossEntropyWithLogitsBackward0", "SoftMarginLossBackward0"),
     }
 )
+OF_CONSTANT_TARGET = frozenset({"BinaryCrossEntropyWithLogitsBackward0", "SoftMarginLossBackward0"})
 CONVEX_AND_INCREASING = frozenset(
     {"SoftplusBackward0", "ReluBackward0", "LogsumexpBackward0", "ExpBackward0"}
 )
@@ -52,21 +53,44 @@ def convex_loss(objective: Objective, parameters: Sequence[nn.Parameter]) -> boo
     for batch, _ in objective:
         with only(parameters):
             loss = split(objective, batch, parameters).loss
-        if loss.grad_fn is not None and _curvature(loss.grad_fn) not in (AFFINE, CONVEX):
+        if loss.grad_fn is not None and curvature(loss.grad_fn) not in (AFFINE, CONVEX):
             return False
     return True
 
 
-def _curvature(node: Any) -> int | None:
-    """Of a node in the outputs: affine, convex, concave, or None for not known."""
+Kinds = dict[Any, int | None]
+"""What is known of each node of the graph."""
+
+
+def curvature(root: Any) -> int | None:
+    """Of a node in the outputs: affine, convex, concave, or None for not known.
+
+    Without recursion, and each node once: a loss may be summed up in a long loop.
+    """
+    kinds: Kinds = {}
+    stack = [root]
+    while stack:
+        node = stack[-1]
+        waiting = [p for p, _ in node.next_functions if p is not None and p not in kinds]
+        if waiting:
+            stack += waiting
+            continue
+        stack.pop()
+        if node not in kinds:
+            kinds[node] = _kind(node, kinds)
+    return kinds[root]
+
+
+def _kind(node: Any, kinds: Kinds) -> int | None:
+    """Of a node whose parents are known."""
     name = node.name()
     if name.endswith("AccumulateGrad"):
         return AFFINE
     if name in ("MulBackward0", "MulBackward1", "DivBackward0", "DivBackward1"):
-        return _scaled(node)
-    inputs = [_curvature(parent) for parent, _ in node.next_functions if parent is not None]
+        return _scaled(node, kinds)
+    inputs = [kinds[parent] for parent, _ in node.next_functions if parent is not None]
     if name in ("AddBackward0", "SubBackward0"):
-        return _sum(node)
+        return _sum(node, kinds)
     known = _join(inputs)
     if name in LINEAR:
         return known
@@ -78,6 +102,10 @@ def _curvature(node: Any) -> int | None:
         return _times(-1.0, known) if _nonnegative(node, "_saved_weight") else None
     if name == "PowBackward0":
         return CONVEX if known == AFFINE and float(node._saved_exponent) == 2.0 else None
+    if name in OF_CONSTANT_TARGET and any(
+        parent is not None for parent, _ in node.next_functions[1:]
+    ):
+        return None  # x t is neither convex nor concave where both are outputs
     if name in CONVEX_OF_AFFINE and known == AFFINE:
         weighted = all(_nonnegative(node, w) for w in ("_saved_weight", "_saved_pos_weight"))
         return CONVEX if weighted and _probabilities(node) else None
@@ -98,26 +126,26 @@ def _times(factor: float, kind: int | None) -> int | None:
     return kind if kind is None or factor > 0 else -kind
 
 
-def _sum(node: Any) -> int | None:
+def _sum(node: Any, kinds: Kinds) -> int | None:
     alpha = float(node._saved_alpha) * (-1.0 if node.name() == "SubBackward0" else 1.0)
     weights = (1.0, alpha)
     return _join(
-        _times(weight, _curvature(parent))
+        _times(weight, kinds[parent])
         for weight, (parent, _) in zip(weights, node.next_functions, strict=False)
         if parent is not None
     )
 
 
-def _scaled(node: Any) -> int | None:
+def _scaled(node: Any, kinds: Kinds) -> int | None:
     """A product with, or a quotient by, a constant; or the square of something affine."""
     edges = node.next_functions
     live = [position for position, (parent, _) in enumerate(edges) if parent is not None]
     if len(live) == 2 and node.name() == "MulBackward0":
-        same = edges[0] == edges[1] and _curvature(edges[0][0]) == AFFINE
+        same = edges[0] == edges[1] and kinds[edges[0][0]] == AFFINE
         return CONVEX if same else None
     if len(live) != 1 or (node.name().startswith("Div") and live != [0]):
         return None
-    kind = _curvature(edges[live[0]][0])
+    kind = kinds[edges[live[0]][0]]
     if kind == AFFINE:
         return AFFINE
     constant = node._saved_other if live == [0] else node._saved_self

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -16,8 +15,10 @@ from hessdiag.conditioning.forecast import krylov_forecast, uniform_forecast
 from hessdiag.conditioning.kappa import rates
 from hessdiag.conditioning.sketch import row_arrays, sketch_quantities
 from hessdiag.conditioning.spectrum import ROUNDING_SHARE, zero_tolerance
+from hessdiag.errors import is_out_of_memory
 from hessdiag.quantity import Quantity
 from hessdiag.run import Value
+from hessdiag.solve.budget import DENSITY_PROBES, Budget
 from hessdiag.solve.problem import (
     CUT_SHORT,
     DOUBT_FACTOR,
@@ -40,34 +41,8 @@ from hessdiag_probes.types import CountedMatvec, Vector, norm
 
 FAILURE = 1e-3  # of each outer bound of the spectrum
 CONFIDENCE = 0.95  # of what comes from the random probes
-FORECAST_STEPS = 20
-DENSITY_PROBES, DENSITY_STEPS = 10, 60
+ROUNDING_MARGIN = 20.0
 DOUBT_MARGIN = 4.0  # a row's norm is seldom that many times what two products show of it
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much a block that is not assembled may cost; defaults as in the contract.
-
-    Attributes:
-        steps: Most products for the ends of the spectrum.
-        probes: Random probes; 0 for none.
-        density: Estimate the density too.
-        tolerance: Wanted width of the ends' intervals, relative to ‖H‖.
-        power: Use power iteration, with two vectors of memory.
-        deadline: Of ``time.monotonic()``; None for no limit.
-    """
-
-    steps: int = 40
-    probes: int = 20
-    density: bool = False
-    tolerance: float = 1e-3
-    power: bool = False
-    deadline: float | None = None
-
-    def over(self) -> bool:
-        """Whether the time is up."""
-        return self.deadline is not None and time.monotonic() >= self.deadline
 
 
 def solve_matrix_free(
@@ -99,21 +74,25 @@ def solve_matrix_free(
 
     matvec = CountedMatvec(shifted)
     spectrum, run = _ends(matvec, problem, budget, doubt)
-    notes = _width_notes(spectrum, budget)
+    notes = [*budget.reasons, *_width_notes(spectrum, budget, matvec.count)]
     values |= ritz_quantities(spectrum, dead.numel(), damping=problem.damping)
+    values |= uniform_forecast(Quantity.unresolved())
     arrays: dict[str, Array] = {"ritz_value": spectrum.value, "ritz_bound": spectrum.bound}
     if run is not None:
         arrays["ritz_weight"] = run.ritz().weight.numpy()
-    values |= _forecast(matvec, problem, budget, spectrum)
     rows: dict[str, Array] = {}
+    with _kept_without_memory("the forecast", notes):
+        values |= _forecast(matvec, problem, budget, spectrum)
     if budget.probes and not budget.over():
-        sketched, rows = _sketch(matvec, problem, budget, spectrum, run, doubt)
-        values |= sketched
+        with _kept_without_memory("what the probes tell", notes):
+            sketched, rows = _sketch(matvec, problem, budget, spectrum, run, doubt)
+            values |= sketched
     if budget.density and not budget.over():
-        found = _density(matvec, problem, budget, spectrum)
-        values |= found.values
-        arrays |= found.arrays
-        notes.append(found.note)
+        with _kept_without_memory("the density", notes):
+            found = _density(matvec, problem, budget, spectrum)
+            values |= found.values
+            arrays |= found.arrays
+            notes.append(found.note)
     kappa = values["kappa"]
     if isinstance(kappa, Quantity):
         values |= rates(kappa)
@@ -123,6 +102,17 @@ def solve_matrix_free(
         notes.append(CUT_SHORT)
     values["notes"] = notes
     return Solved(values, arrays, rows), matvec.count
+
+
+@contextmanager
+def _kept_without_memory(what: str, notes: list[str]) -> Iterator[None]:
+    """Let a stage go for want of memory; what is certified before stays."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        notes.append(f"{what} is left out: out of memory")
 
 
 def _dead_rows(problem: Problem) -> tuple[torch.Tensor, float]:
@@ -187,12 +177,22 @@ def _ends(
             low=low,
             high=high,
             failure=FAILURE,
-            rounding=max(ROUNDING_SHARE * tolerance, doubt),
+            rounding=max(_rounding(value, tolerance, problem), doubt),
             tolerance=tolerance,
             floor=floor,
         ),
         run,
     )
+
+
+def _rounding(value: Array, tolerance: float, problem: Problem) -> float:
+    """The error of a Rayleigh quotient: a share of τ, and for large blocks much less than that.
+
+    τ grows with n, as the worst case of a dense solver does; sums over n numbers err by about √n.
+    """
+    size = problem.gradient.numel()
+    usual = math.sqrt(size) * problem.eps * float(np.abs(value).max())
+    return min(ROUNDING_SHARE * tolerance, ROUNDING_MARGIN * max(usual, problem.noise.block))
 
 
 def _forecast(
@@ -203,9 +203,9 @@ def _forecast(
     size, reach = norm(gradient), spectrum.norm[1]
     if size == 0:
         return uniform_forecast(Quantity.exact(0.0))
-    if reach <= 0 or budget.over():
+    if reach <= 0 or budget.over() or budget.forecast == 0:
         return uniform_forecast(Quantity.unresolved())
-    steps = min(FORECAST_STEPS, gradient.numel())
+    steps = min(budget.forecast, gradient.numel())
     run = lanczos(matvec, gradient, steps, converged=lambda _: budget.over())
     # No node may lie left of the prescribed one, which rounding alone could bring about.
     floor = min(spectrum.bottom.low or 0.0, float(run.ritz().value[0]) - spectrum.rounding)
@@ -257,7 +257,7 @@ def _density(
         matvec,
         like.numel(),
         DENSITY_PROBES,
-        min(DENSITY_STEPS, like.numel()),
+        min(budget.density, like.numel()),
         generator=generator(problem.seed, problem.name, "density"),
         dtype=like.dtype,
         device=like.device,
@@ -277,16 +277,17 @@ def _rate_applies(spectrum: RitzSpectrum, problem: Problem) -> bool | None:
     return True if spectrum.positive_floor is not None else None
 
 
-def _width_notes(spectrum: RitzSpectrum, budget: Budget) -> list[str]:
-    """Whether the wanted width was certified; no number of the block, so that rows share it."""
+def _width_notes(spectrum: RitzSpectrum, budget: Budget, products: int) -> list[str]:
+    """Why the wanted width was not certified; no number of the block, so that rows share it."""
     inside, outside = spectrum.norm
-    if inside <= 0:
-        return ["above the exact limit: the products show no curvature beyond rounding"]
+    wanted = budget.tolerance * outside
+    if inside <= 0 or 2 * spectrum.rounding > max(wanted, 0.01 * outside):
+        return ["above the exact limit: the rounding of the products alone leaves the ends wide"]
     widths = [(end.high or 0.0) - (end.low or 0.0) for end in (spectrum.top, spectrum.bottom)]
-    if max(widths) <= budget.tolerance * outside + 2 * spectrum.rounding:
+    if max(widths) <= wanted + 2 * spectrum.rounding or products < budget.steps:
         return []
     return [
-        f"above the exact limit: {budget.steps} products do not certify both ends to --tolerance "
+        f"above the exact limit: {products} products do not certify both ends to --tolerance "
         f"{budget.tolerance:g} of ‖H‖; more --steps narrow them"
     ]
 

@@ -58,7 +58,10 @@ def decode(field: Field, cells: Sequence[Cell]) -> Any:
             before, after = map(_number, cells)
             return None if before is None else {"before": before, "after": after}
         case "list":
-            return json.loads(str(cells[0]))
+            texts = json.loads(str(cells[0]))
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{field.name} is not a list of texts")
+            return texts
         case "float":
             return _number(cells[0])
         case "bool":

@@ -20,6 +20,7 @@ SUFFIX = ".parts"
 HEADER = "header"
 LOCK = "lock"
 MATRIX = "whole-matrix"
+ATTEMPTS = 100
 BLOCK = re.compile(r"block-\d{4,}-[^/]+\.part")
 
 
@@ -92,11 +93,23 @@ def clear(folder: Path, *, keep: frozenset[str] = frozenset()) -> list[str]:
     names = listed(folder)
     for name in sorted(names, key=lambda name: last.index(name) if name in last else -1):
         if is_ours(name) and name not in keep:
-            (folder / name).unlink(missing_ok=True)
+            remove(folder / name)
     if not keep:
         with contextlib.suppress(OSError):
             folder.rmdir()
     return [name for name in names if not is_ours(name)]
+
+
+def remove(path: Path) -> None:
+    """Remove a file of ours.
+
+    Raises:
+        StoreError: Something else has its name, or the folder cannot be written.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise explained(error, path, 0) from error
 
 
 def take_lock(path: Path) -> int:
@@ -109,28 +122,31 @@ def take_lock(path: Path) -> int:
         OutOfResources: The disk is full.
     """
     folder = parts_folder(path)
-    while True:
+    for attempt in range(ATTEMPTS):
         try:
             folder.mkdir(exist_ok=True)
             descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError as error:
-            if not path.parent.is_dir():
+            # Whoever had it may have just removed the folder; /proc always says this.
+            if not path.parent.is_dir() or attempt == ATTEMPTS - 1:
                 raise explained(error, folder, 0) from error
-            continue  # whoever had it has just removed the folder
+            continue
         except OSError as error:
             raise explained(error, folder, 0) from error
         try:
             if not _locked(descriptor):
-                raise StoreError(
-                    f"another hessdiag is analysing into {path} at this moment; wait until it "
-                    f"ends, or choose another place with -o/--output"
-                )
+                os.close(descriptor)
+                break
             if _is_still(descriptor, folder / LOCK):
                 return descriptor
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
+    raise StoreError(
+        f"another hessdiag is analysing into {path} at this moment; wait until it ends, or choose "
+        f"another place with -o/--output"
+    )
 
 
 def _locked(descriptor: int) -> bool:

@@ -33,4 +33,4 @@ def _same(stored: Any, wanted: Any) -> bool:
     if isinstance(wanted, float) and isinstance(stored, (int, float)):
         # The same loss summed in another order of batches.
         return abs(stored - wanted) <= 1e-12 * abs(wanted)
-    return bool(stored == wanted)
+    return bool(stored == wanted) or (stored is None and wanted == {})

@@ -31,6 +31,7 @@ from hessdiag.store.folder import (
     clear,
     listed,
     parts_folder,
+    remove,
     take_lock,
 )
 from hessdiag.store.identity import check_same, differing
@@ -220,7 +221,7 @@ def open_journal(
         header = _agreed(folder, wanted)
         for name in listed(folder):
             if TEMPORARY.fullmatch(name):
-                (folder / name).unlink(missing_ok=True)
+                remove(folder / name)
         if header is None:
             clear(folder, keep=frozenset({LOCK}))
             write_part(folder / HEADER, vars(wanted))
@@ -268,12 +269,28 @@ def read_header(folder: Path) -> Header:
     try:
         document, _ = read_part(path)
         header = Header(**{name: document[name] for name in Header.__dataclass_fields__})
-    except (StoreError, KeyError) as error:
+        _check_types(header)
+    except (StoreError, KeyError, ValueError) as error:
         raise StoreError(
-            f"{path} is damaged, so the finished blocks beside it cannot be trusted ({error}); "
-            f"remove {folder} to begin anew, or choose another place with -o/--output"
+            f"{path} is damaged, so the finished blocks beside it cannot be trusted; "
+            f"remove the folder {folder} to begin anew, or choose another place with -o/--output"
         ) from error
     return header
+
+
+def _check_types(header: Header) -> None:
+    """Refuse a header whose entries are of other types than were written.
+
+    Raises:
+        ValueError: The first that is.
+    """
+    kinds: dict[str, type] = {"fingerprint": dict, "config": dict, "forced": bool}
+    kinds |= {"blocks": list, "variants": list, "created_at": str, "hessdiag_version": str}
+    for name, kind in kinds.items():
+        if not isinstance(getattr(header, name), kind):
+            raise ValueError(f"its {name} is no {kind.__name__}")
+    if not all(isinstance(name, str) for name in (*header.blocks, *header.variants)):
+        raise ValueError("a block or a variant has no name")
 
 
 def _finished(folder: Path, header: Header) -> dict[tuple[str, str], Finished]:
@@ -314,9 +331,14 @@ def open_run(path: str | Path) -> Run:
         StoreError: There is no such file, it is foreign, or it is damaged.
         UnknownSchema: Another major version wrote it.
     """
-    if not is_unfinished(path):
-        return read_run(path)
     folder = parts_folder(Path(path))
+    if not is_unfinished(path):
+        if not os.path.lexists(path) and folder.is_dir():
+            raise StoreError(
+                f"{path} does not exist, and {folder} beside it has no {HEADER}, so its blocks "
+                "cannot be read; remove that folder and analyse again"
+            )
+        return read_run(path)
     header = read_header(folder)
     finished = _finished(folder, header)
     engines = {name: done.engine for (name, _), done in finished.items()}

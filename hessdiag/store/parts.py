@@ -26,7 +26,8 @@ from hessdiag.store.seal import seal, unsealed
 FORMAT = "hessdiag-part"
 VERSION = "1.0.0"
 DTYPES = ("<f8", "<f4")
-WRONG = (ValueError, KeyError, TypeError, AttributeError)  # what reading nonsense raises
+WRONG = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading nonsense raises."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def write_part(
         StoreError: It cannot be written.
     """
     little = {
-        name: np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        name: np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
         for name, array in (arrays or {}).items()
     }
     table = {name: [array.dtype.str, list(array.shape)] for name, array in little.items()}

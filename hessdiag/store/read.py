@@ -14,6 +14,7 @@ import numpy as np
 from hessdiag.errors import HessdiagError, OutOfResources, StoreError, UnknownSchema
 from hessdiag.run import BlockResult, Provenance, Run, VariantResult
 from hessdiag.store.cells import NULL, decode
+from hessdiag.store.contained import check_contained
 from hessdiag.store.schema import (
     ARRAYS,
     AXES,
@@ -64,6 +65,7 @@ def run_file(path: str | Path) -> Iterator[h5py.File]:
         check_seal(path)
         with h5py.File(path, "r", locking=False) as file:
             _check_version(path, file)
+            check_contained(path, file)
             yield file
     except HessdiagError:
         raise
@@ -194,4 +196,6 @@ def _provenance(group: h5py.Group) -> Provenance:
         parts[name] = json.loads(group[name].asstr()[()])
         if not isinstance(parts[name], kind):
             raise ValueError(f"{group.name}/{name} is not a JSON {kind.__name__}")
+    if not all(isinstance(warning, str) for warning in parts["warnings"]):
+        raise ValueError(f"{group.name}/warnings holds other than texts")
     return Provenance(**parts)

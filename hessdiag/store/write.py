@@ -225,7 +225,7 @@ def _fill(group: h5py.Group, table: tuple[Dataset, ...], arrays: Mapping[str, An
 def _add(group: h5py.Group, dataset: Dataset, data: NDArray[Any]) -> h5py.Dataset:
     """Create ``dataset`` with its units, long name and dimension scales."""
     filters: dict[str, Any] = {}
-    if data.size and dataset.dtype != "text":
+    if data.ndim and data.size and dataset.dtype != "text":  # a scalar takes no filter
         filters["fletcher32"] = True
         if dataset.dims == (dataset.name,) and dataset.dtype == "int":
             filters |= {"compression": "gzip", "shuffle": True}

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from rich.cells import cell_len
 
+from hessdiag.plain import printable
 from hessdiag.run import Run, VariantResult
-from hessdiag.tables.labels import printable, shortened
+from hessdiag.tables.labels import shortened
 from hessdiag.tables.marks import Mark, certified, marked, percent, whole
 
 GAP = "  "

@@ -9,10 +9,11 @@ from rich.text import Text
 
 from hessdiag.comparison import certain_sign
 from hessdiag.diff import Compared, Diff, Pair
+from hessdiag.plain import printable
 from hessdiag.quantity import Quantity
 from hessdiag.run import Run
 from hessdiag.tables.columns import COLUMNS, GAP
-from hessdiag.tables.labels import printable, shortened
+from hessdiag.tables.labels import shortened
 from hessdiag.tables.lines import TIED, printed, wrapped
 from hessdiag.tables.marks import (
     MEANINGS,

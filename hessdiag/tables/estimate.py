@@ -6,8 +6,9 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from hessdiag.estimate import BlockEstimate, Estimate
+from hessdiag.plain import printable
 from hessdiag.tables.columns import GAP
-from hessdiag.tables.labels import printable, shortened
+from hessdiag.tables.labels import shortened
 from hessdiag.tables.lines import TIED, printed, wrapped
 from hessdiag.tables.summary import WHOLE
 

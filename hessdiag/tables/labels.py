@@ -1,16 +1,8 @@
-"""Names of any length and content, as labels that a terminal shows and does not obey."""
+"""Names of any length as labels that fit."""
 
 from __future__ import annotations
 
 from rich.cells import cell_len
-
-
-def printable(text: str) -> str:
-    """``text`` with every character that a terminal would act on written as an escape."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in text
-    )
 
 
 def shortened(names: list[str], width: int) -> list[str]:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from rich.cells import cell_len
 from rich.text import Text
 
+from hessdiag.plain import printable
 from hessdiag.quantity import Quantity
 from hessdiag.run import Run, VariantResult
 from hessdiag.series import step_of
 from hessdiag.tables.columns import GAP, HEADLINE
-from hessdiag.tables.labels import printable, shortened
+from hessdiag.tables.labels import shortened
 from hessdiag.tables.lines import TIED, printed, wrapped
 from hessdiag.tables.marks import MEANINGS, Mark, certified
 from hessdiag.tables.summary import WHOLE

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 from rich.cells import cell_len
 from rich.text import Text
 
+from hessdiag.plain import printable
 from hessdiag.quantity import Quantity
 from hessdiag.run import BlockResult, Run, VariantResult
 from hessdiag.tables.columns import COLUMNS, GAP, HEADLINE, Layout, aligned, layout
-from hessdiag.tables.labels import printable, shortened
+from hessdiag.tables.labels import shortened
 from hessdiag.tables.lines import TIED, printed, wrapped
 from hessdiag.tables.marks import MEANINGS, certified
 
@@ -61,7 +62,7 @@ def summary_table(run: Run, *, variant: str = "raw", width: int = 100, color: bo
 def worst_block(results: Mapping[str, VariantResult]) -> str | None:
     """The block with the largest κ at the median; its κ's lower end where that is unresolved.
 
-    ``whole`` is never the worst: it holds all others.
+    ``whole`` is never the worst, for it holds all others, unless it is alone.
     """
 
     def rank(result: VariantResult) -> float | None:
@@ -69,7 +70,8 @@ def worst_block(results: Mapping[str, VariantResult]) -> str | None:
         kappa: Quantity = result["kappa"]
         return kappa.low if median.value is None else median.value
 
-    ranks = {name: rank(result) for name, result in results.items() if name != WHOLE}
+    names = [name for name in results if name != WHOLE] or list(results)
+    ranks = {name: rank(results[name]) for name in names}
     ranked = {name: value for name, value in ranks.items() if value is not None}
     return max(ranked, key=ranked.__getitem__, default=None)
 
@@ -77,6 +79,7 @@ def worst_block(results: Mapping[str, VariantResult]) -> str | None:
 def run_title(run: Run, variant: str, done: Iterable[VariantResult]) -> str:
     """What was analysed, and how, on one line; ``done`` are its results."""
     config = run.provenance.config
+    decay = config.get("weight_decay")
     results = list(done)
     losses = [result["loss"] for result in results if result["loss"] is not None]
     parts = [
@@ -88,7 +91,7 @@ def run_title(run: Run, variant: str, done: Iterable[VariantResult]) -> str:
         config.get("device"),
         f"loss {losses[-1]:.4g}" if losses else None,
         "train mode" if config.get("mode") == "train" else None,
-        f"weight decay {config['weight_decay']:g}" if config.get("weight_decay") else None,
+        f"weight decay {decay:g}" if isinstance(decay, int | float) and decay else None,
         f"{config['max_examples']} examples" if config.get("max_examples") else None,
     ]
     return " · ".join(printable(str(part)) for part in parts if part)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hessdiag_probes.counts import least_count, most_count
-from hessdiag_probes.lanczos import lanczos
+from hessdiag_probes.lanczos import Ritz, lanczos
 from hessdiag_probes.random import gaussian
 from hessdiag_probes.rules import Recurrence, Rule
 from hessdiag_probes.types import Matvec, norm
@@ -244,7 +244,7 @@ def stochastic_quadrature(
         generator: On the CPU, as :func:`hessdiag_probes.generator` makes it.
         dtype: Of the vectors.
         device: Of the vectors.
-        stop: Asked before every probe but the first whether those done must do.
+        stop: Asked after every product whether those done must do.
 
     Returns:
         The measures, in the units of ``A``. The bases are thrown away.
@@ -271,11 +271,12 @@ def stochastic_quadrature(
     squares: list[float] = []
     matvecs = 0
     scale = 0.0
+    cut: Callable[[Ritz], bool] | None = None if stop is None else lambda _: stop()
     for _ in range(probes):
         if runs and stop is not None and stop():
             break
         start = gaussian(n, generator=generator, dtype=dtype, device=device)
-        run = lanczos(matvec, start, min(steps, n))
+        run = lanczos(matvec, start, min(steps, n), converged=cut)
         runs.append(Recurrence.of(run))
         squares.append(norm(start) ** 2)
         matvecs += run.matvecs

@@ -483,3 +483,26 @@ def leaves(tree, path=()):
 
 def same_number(stored, told):
     assert np.isnan(stored) if told is None else stored == told
+
+
+def test_what_the_users_code_prints_is_no_part_of_the_result(here, hessdiag):
+    (here / "talk.py").write_text(
+        "import torch\nfrom torch import nn\nfrom hessdiag import Task\nprint('imported')\n"
+        "def task():\n"
+        "    model = nn.Linear(2, 1)\n"
+        "    torch.save(model.state_dict(), 'talk.pt')\n"
+        "    def loss(model, batch):\n"
+        "        print('called')\n"
+        "        return model(batch).square().mean()\n"
+        "    return Task(model, [torch.ones(3, 2)], loss)\n"
+    )
+    torch.save(torch.nn.Linear(2, 1).state_dict(), here / "talk.pt")
+    code, out, err = hessdiag("analyze", "talk.pt", "--task", "talk.py", "--json")
+    assert code == 0
+    assert json.loads(out)["format"] == "hessdiag-run"
+    assert "imported" in err
+    assert "called" in err
+    code, out, err = hessdiag("inspect", "talk.pt", "--task", "talk.py", "--json", "--estimate")
+    assert code == 0
+    assert json.loads(out)["estimate"]
+    assert "called" in err

@@ -147,3 +147,12 @@ def test_an_estimate_needs_a_task_and_its_options_need_it(here, fitting, run):
     (here / "hessdiag_task.py").unlink()
     with pytest.raises(TaskError, match="hessdiag init"):
         run(fitting, "--estimate")
+
+
+def test_names_are_shown_and_never_obeyed(here, run):
+    names = ("\x1b[31mred", "line\nbreak", "a\u202eb", "[bold]x[/]")
+    torch.save({name: torch.ones(1) for name in names}, here / "names.pt")
+    out = run("names.pt").stdout
+    assert all(line.isprintable() for line in out.splitlines())
+    for shown in (r"\x1b[31mred", r"line\nbreak", r"a\u202eb", "[bold]x[/]"):
+        assert any(line.startswith(shown) for line in out.splitlines())

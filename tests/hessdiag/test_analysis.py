@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 import hessdiag.network
 import quadratics
-from hessdiag import Task, analyze
+from hessdiag import Task, analyze, open_run
 from hessdiag.demos import DEMOS
-from hessdiag.errors import InputError, OptionError, TaskError
+from hessdiag.errors import InputError, OptionError, StoreError, TaskError
 from hessdiag.quantity import Quantity
 from hessdiag.run import HORIZONS
+from hessdiag.store import validate_run
 from hessdiag_probes.errors import Breakdown
 
 DOUBLE = torch.float64
@@ -215,11 +216,50 @@ def test_options_of_larger_blocks_reach_them():
 
 def test_power_iteration_stands_in_where_the_krylov_basis_does_not_fit():
     matrix = quadratics.turned(torch.linspace(1.0, 30.0, 30, dtype=DOUBLE))
-    found = quadratics.analyse(matrix, exact_limit=0, memory_budget=40 * 30 * 8 - 1)
+    vector = 30 * 8
+    found = quadratics.analyse(matrix, exact_limit=0, memory_budget=34 * vector)
     assert found["method"] == "power"
     assert any("Krylov basis" in note for note in found["notes"])
-    fits = quadratics.analyse(matrix, exact_limit=0, memory_budget=40 * 30 * 8)
-    assert fits["method"] == "lanczos"
+    assert (
+        quadratics.analyse(matrix, exact_limit=0, memory_budget=50 * vector)["method"] == "lanczos"
+    )
+
+
+def test_a_memory_budget_that_changes_numbers_is_another_analysis(tmp_path):
+    task = quadratics.quadratic_task(torch.diag(torch.linspace(1, 30, 30, dtype=DOUBLE)))
+    options = {"blocks": "whole", "exact_limit": 0, "output": tmp_path / "run.h5"}
+    analyze(task, **options)
+    analyze(task, memory_budget="1G", **options)
+    with pytest.raises(StoreError, match="another analysis: memory differs"):
+        analyze(task, memory_budget=1000, **options)
+
+
+def test_a_run_with_a_density_is_stored_and_resumed(tmp_path):
+    task = quadratics.quadratic_task(torch.diag(torch.linspace(1, 30, 30, dtype=DOUBLE)))
+    options = {"blocks": "whole,parameter", "exact_limit": 0, "density": True}
+    path = tmp_path / "run.h5"
+    whole = analyze(task, output=path, **options)
+    assert validate_run(path) == []
+    stored = open_run(path)["whole"].variants["raw"]
+    made = whole["whole"].variants["raw"]
+    assert set(stored.spectrum) == set(made.spectrum)
+    assert stored.spectrum["density_width"] == made.spectrum["density_width"]
+    again = tmp_path / "again.h5"
+    done = []
+
+    def interrupt(event):
+        done.append(event.block)
+        if event.index == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        analyze(task, output=again, report=interrupt, **options)
+    assert again.with_name("again.h5.parts").is_dir()
+    resumed = analyze(task, output=again, **options)
+    for name in ("density", "density_grid", "density_resolution"):
+        np.testing.assert_array_equal(
+            resumed["whole"].variants["raw"].spectrum[name], made.spectrum[name]
+        )
 
 
 def test_weight_decay_on_a_convex_gauss_newton_closes_kappa():

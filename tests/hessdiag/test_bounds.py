@@ -112,6 +112,11 @@ def test_weight_decay_on_a_semidefinite_matrix_bounds_kappa_from_above_for_certa
     assert found["n_positive"] == interval(10.0, 10.0, 10.0, 1.0)
 
 
+def test_kappa_that_rests_on_both_bounds_from_outside_pays_for_both():
+    found = fields_of([0.5, 4.0], [0.3, 0.3], low=0.4, high=5.0, floor=0.01)
+    assert found["kappa"] == interval(8.0, 8.0, 5.0 / 0.4, 1 - 2 * FAILURE)
+
+
 def test_a_semidefinite_matrix_without_decay_has_no_upper_bound_on_kappa():
     found = fields_of([0.5, 4.0], [0.3, 0.3], low=-1.0, high=5.0, floor=0.0)
     assert found["kappa"] == Quantity.lower_bound(4.0 / 0.8)

@@ -345,3 +345,8 @@ def test_taking_rows_keeps_the_kind():
     taken = take(Frozen(x(), "kept", y()), torch.tensor([2, 0]))
     assert taken.name == "kept"
     assert taken.y.tolist() == [2, 0]
+
+
+def test_data_without_values_are_refused():
+    with pytest.raises(TaskError, match="data are on the meta device"):
+        load([(x().to("meta"), y())])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import quadratics
 from hessdiag.quantity import Quantity
 from hessdiag.run import HORIZONS
-from hessdiag.solve import Budget
+from hessdiag.solve import Budget, fitted, solve_matrix_free
 
 DOUBLE = torch.float64
 INSIDE = {"interval", "lower-bound", "upper-bound", "estimate", "unresolved", None}
@@ -257,7 +257,7 @@ def test_without_probes_their_fields_are_unresolved_and_cost_nothing():
 
 def test_the_density_fills_the_quantiles_of_kappa_with_estimates():
     spectrum = SPECTRA["spread"]
-    solved, products = solve(quadratics.turned(spectrum), density=True)
+    solved, products = solve(quadratics.turned(spectrum), density=60)
     assert products <= 80 + 600
     found = solved.values["kappa_quantile"]["0.5"]
     assert found.status == "estimate"
@@ -265,6 +265,50 @@ def test_the_density_fills_the_quantiles_of_kappa_with_estimates():
     assert len(solved.spectrum["density_grid"]) == len(solved.spectrum["density"]) > 50
     area = np.trapezoid(solved.spectrum["density"], solved.spectrum["density_grid"])
     assert area == pytest.approx(1.0, abs=0.02)
+
+
+def test_a_stage_that_runs_out_of_memory_costs_no_certificate_of_the_others():
+    spectrum, calls = SPECTRA["spread"], []
+    matrix = quadratics.turned(spectrum)
+
+    def product(vector):
+        calls.append(1)
+        if len(calls) == 50:
+            raise MemoryError
+        return matrix @ vector
+
+    solved, _ = solve_matrix_free(product, quadratics.noiseless(matrix), Budget())
+    assert solved.values["lambda_max"].low <= 300 <= solved.values["lambda_max"].high
+    assert solved.values["forecast_total"]["1"] == Quantity.unresolved()
+    assert solved.values["trace"].status == "interval"
+    assert any("out of memory" in note for note in solved.values["notes"])
+
+
+@pytest.mark.parametrize(
+    ("vectors", "power", "forecast", "density"),
+    [
+        (1000, False, 20, 60),
+        (100, False, 20, 60),
+        (99, False, 20, 59),
+        (60, False, 20, 20),
+        (45, False, 5, 5),
+        (44, True, 20, 34),
+        (30, True, 20, 20),
+        (12, True, 0, 0),
+    ],
+)
+def test_a_budget_is_cut_to_what_fits_and_says_so(vectors, power, forecast, density):
+    budget = fitted(Budget(density=60), 5000, number=8, free=vectors * 5000 * 8)
+    assert (budget.power, budget.forecast, budget.density) == (power, forecast, density)
+    assert bool(budget.reasons) == (vectors < 100)
+
+
+def test_rounding_that_no_more_steps_can_narrow_is_named_as_the_cause():
+    matrix = quadratics.turned(SPECTRA["spread"])
+    values = solve(matrix, eps=1e-4, probes=0)[0].values
+    assert values["lambda_max"].low <= 300.0 <= values["lambda_max"].high
+    assert any("rounding of the products alone" in note for note in values["notes"])
+    assert not any("more --steps" in note for note in values["notes"])
 
 
 def test_a_gradient_of_zero_forecasts_nothing_for_certain():

@@ -258,3 +258,24 @@ def test_a_directorys_task_takes_length_and_nothing_else(here):
     hit = found(here, checkpoint=directory(GPT), task_args={"width": "3"})
     with pytest.raises(TaskError, match=r"hf:gpt2 does not take .*its arguments: length"):
         hit.load()
+
+
+@pytest.mark.parametrize("place", ["a\0.py", "y" * 5000 + ".py", "~nobody-has-this-name/t.py"])
+def test_what_no_path_can_be_is_a_task_error(here, place):
+    with pytest.raises(TaskError, match="is no path of a file"):
+        found(here, place)
+
+
+@pytest.mark.parametrize("content", ["a = " + "[" * 50_000, "a = " + "9" * 10_000])
+def test_toml_beyond_measure_is_a_task_error(here, content):
+    (here / "hessdiag.toml").write_text(content)
+    with pytest.raises(TaskError, match="not valid TOML"):
+        found(here)
+
+
+def test_an_error_that_cannot_say_what_it_is_still_has_its_class(here):
+    (here / "t.py").write_text(
+        "class Mute(Exception):\n    def __str__(self):\n        return 1 / 0\n\nraise Mute\n"
+    )
+    with pytest.raises(TaskError, match=r"t.py:5: Mute$"):
+        found(here, "t.py").load()

@@ -154,3 +154,8 @@ def test_declared_sizes_come_first_and_must_be_finite():
     for wrong in (-1, float("nan"), float("inf"), "3", None, X):
         with pytest.raises(TaskError, match="finite number of at least 0"):
             units(make(batch_size=lambda b, wrong=wrong: wrong))(X)
+
+
+def test_a_loss_without_a_value_is_refused():
+    with pytest.raises(TaskError, match="loss is on the meta device"):
+        as_loss(make(loss=lambda m, b: torch.tensor(1.0, device="meta")))(nn.Linear(3, 2), X)

@@ -176,3 +176,11 @@ def test_the_model_is_not_changed():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     match_weights(checkpoint({f"module.{k}": v for k, v in saved().items()}), model)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_packed_numbers_are_another_kind_than_the_models():
+    model = nn.Linear(2, 1)
+    packed = torch.zeros(1, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    stored = {"weight": packed, "bias": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"another kind .*weight \(file float4_e2m1fn_x2"):
+        match_weights(Checkpoint(Path("m.safetensors"), "safetensors", stored), model)

@@ -272,3 +272,11 @@ def test_an_optimizer_function_that_does_not_work_is_the_tasks_error():
     ):
         with pytest.raises(TaskError, match=message):
             map_optimizer(raw, net(), make)
+
+
+@pytest.mark.parametrize("names", [None, 3, "0.weight"])
+def test_parameter_names_that_are_no_list_are_as_good_as_none(names):
+    model = net()
+    raw = torch.optim.Adam(model.parameters()).state_dict()
+    raw["param_groups"][0]["param_names"] = names
+    assert map_optimizer(raw, model).mapped_by == "single group"

@@ -287,3 +287,51 @@ def test_the_commands_that_convert_do(tmp_path, make, name, target):
     work.mkdir()
     subprocess.run(run, shell=True, cwd=work, check=True, capture_output=True)  # noqa: S602
     assert set(read_checkpoint(work / target).weights) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        *({"state": None, "param_groups": None}, {"state": [], "param_groups": []}),
+        *({"state": 3, "param_groups": 4}, {"state": {}, "param_groups": [1, 2]}),
+        *({"state": {}, "param_groups": [{}]}, {"state": {}, "param_groups": [{"params": None}]}),
+        {"state": {}, "param_groups": [{"params": [[0], [1]]}]},
+        {"state": torch.ones(2), "param_groups": torch.ones(2)},
+    ],
+)
+def test_what_only_looks_like_an_optimizers_state_is_left_out_with_a_notice(state, tmp_path):
+    content = {"model": network().state_dict(), "optimizer": state}
+    read = read_checkpoint(save(content, tmp_path / "m.pt"))
+    assert same(read.weights, network())
+    assert read.optimizer is None
+    assert read.notices == ["'optimizer' holds no optimizer.state_dict(); it is not used"]
+
+
+def test_tensors_without_values_are_refused_by_name(tmp_path):
+    content = network().state_dict() | {"0.bias": torch.ones(4, device="meta")}
+    with pytest.raises(CheckpointError, match=r"on the meta device, .* no values \(0.bias\)"):
+        read_checkpoint(save(content, tmp_path / "m.pt"))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_left_out_with_a_notice(tmp_path):
+    content = network().state_dict() | {"rows": torch.nested.nested_tensor([torch.ones(3)])}
+    read = read_checkpoint(save(content, tmp_path / "m.pt"))
+    assert same(read.weights, network())
+    assert read.notices == ["left out 1 entries of the file that are no weights: rows"]
+
+
+def test_a_step_beyond_64_bits_is_not_believed(tmp_path):
+    content = {"model": network().state_dict(), "step": 10**600}
+    assert read_checkpoint(save(content, tmp_path / "m.pt")).step is None
+
+
+def test_an_hdf5_file_with_nonsense_inside_is_refused_as_what_it_is(tmp_path):
+    path = tmp_path / "m.h5"
+    with h5py.File(path, "w") as file:
+        file.attrs["encoding-type"] = "hessdiag-run"
+    content = path.read_bytes()
+    for at in range(8, len(content), 83):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :])
+        with pytest.raises(CheckpointError, match=r"HDF5 file, not a checkpoint|run of hessdiag"):
+            read_checkpoint(path)

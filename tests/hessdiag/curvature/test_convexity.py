@@ -49,6 +49,8 @@ NOT_KNOWN = {
     "product": lambda z: (z[:, 0] * z[:, 1]).mean(),
     "quotient": lambda z: (1 / z).mean(),
     "softplus turned round": lambda z: F.softplus(z, beta=-1.0).mean(),
+    "both of its sides": lambda z: F.binary_cross_entropy_with_logits(z[:, 0], z[:, 1].sigmoid()),
+    "bilinear": lambda z: F.binary_cross_entropy_with_logits(z[:, 0], z[:, 1]),
     "concave": lambda z: F.log_softmax(z, -1).mean(),
     "outside [0, 1]": lambda z: F.binary_cross_entropy_with_logits(
         z, TARGET, pos_weight=9 * SIGNED.abs()
@@ -98,3 +100,24 @@ def test_one_batch_that_is_not_convex_is_enough():
         [rows[:4], rows[4:]], lambda b: len(b), dtype=torch.float64, device=torch.device("cpu")
     )
     assert not convex_loss(Objective(model, task.loss, batches), list(model.parameters()))
+
+
+def test_a_loss_summed_in_a_long_loop_is_read():
+    def loss(outputs):
+        total = outputs.sum() * 0
+        for _ in range(3000):
+            total = total + F.mse_loss(outputs, TARGET)
+        return total
+
+    model, task = objective(loss)
+    assert convex_loss(task, list(model.parameters()))
+
+
+def test_a_graph_that_shares_its_nodes_is_read_once():
+    def loss(outputs):
+        for _ in range(60):
+            outputs = outputs.relu() + outputs
+        return outputs.sum()
+
+    model, task = objective(loss)
+    assert convex_loss(task, list(model.parameters()))

@@ -14,7 +14,8 @@ from hessdiag.run import BlockResult
 from hessdiag.store import atomic, is_unfinished, open_run, read_run, validate_run, write_run
 from hessdiag.store import folder as folders
 from hessdiag.store.journal import open_journal, remove_leftover
-from hessdiag.store.parts import Finished
+from hessdiag.store.parts import Finished, read_part, write_part
+from hessdiag.store.seal import seal
 
 ROOT = Path(__file__).parents[3]
 RUN = sample_runs.small_run()
@@ -456,3 +457,50 @@ def test_a_run_that_appeared_meanwhile_is_not_replaced(unfinished, folder):
     assert unfinished.read_bytes() == before
     assert (folder / "block-0000-raw.part").exists()
     journal.release()
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        *(("fingerprint", None), ("config", []), ("blocks", 3), ("blocks", ["0", 2])),
+        *(("variants", "raw"), ("forced", 1), ("created_at", 3), ("hessdiag_version", None)),
+    ],
+)
+def test_a_header_of_other_types_is_damaged(entry, value, unfinished, folder):
+    document, _ = read_part(folder / "header")
+    write_part(folder / "header", document | {entry: value})
+    for read in (open_run, opened):
+        with pytest.raises(StoreError, match="header is damaged"):
+            read(unfinished)
+
+
+def test_nested_beyond_measure_is_damaged(unfinished, folder):
+    content = b"[" * 100_000 + b"\n"
+    (folder / "block-0000-raw.part").write_bytes(content + seal(content))
+    with pytest.raises(StoreError, match="damaged"):
+        open_run(unfinished)
+
+
+@pytest.mark.parametrize("name", [f".hessdiag-{'0' * 16}.tmp", "block-0001-raw.part"])
+def test_a_folder_with_the_name_of_a_part_is_named_and_stays(name, unfinished, folder):
+    (folder / name).mkdir()
+    with pytest.raises(StoreError, match=name):
+        opened(unfinished, force=True)
+    assert (folder / name).is_dir()
+
+
+def test_a_place_that_never_gets_a_folder_is_refused(path, monkeypatch):
+    def gone(folder, *_arguments, **_options):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(folder))
+
+    monkeypatch.setattr(Path, "mkdir", gone)
+    with pytest.raises(StoreError, match=r"folder of .* does not exist"):
+        opened(path)
+
+
+def test_parts_without_their_header_are_named_when_the_run_is_read(tmp_path):
+    folder = tmp_path / "run.h5.parts"
+    folder.mkdir()
+    (folder / "block-0-raw").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"run\.h5\.parts beside it has no header"):
+        open_run(tmp_path / "run.h5")

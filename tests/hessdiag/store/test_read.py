@@ -200,6 +200,6 @@ def test_the_run_of_schema_1_0_0_is_still_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["x" * 4000, "null\0inside"])
 def test_a_name_that_no_file_can_have_is_a_store_error(name, tmp_path):
-    with pytest.raises(StoreError, match="is no path of a file|does not exist"):
+    with pytest.raises(StoreError, match=r"is no path of a file|does not exist"):
         read_run(tmp_path / name)
     assert not is_run(tmp_path / name)

@@ -3,10 +3,11 @@ import re
 import pytest
 from rich.cells import cell_len
 
+from hessdiag.plain import printable
 from hessdiag.quantity import Quantity
 from hessdiag.run import BlockResult, VariantResult
 from hessdiag.tables import summary_table, worst_block
-from hessdiag.tables.labels import printable, shortened
+from hessdiag.tables.labels import shortened
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_the_worst_block_has_the_largest_kappa_at_the_median(runs):
     assert worst_block(results | {"c": bound}) == "c"
     weak = result(Quantity.unresolved(), Quantity.interval(50.0, 15.0, 90.0, 0.999))
     assert worst_block(results | {"c": weak}) == "b"
-    assert worst_block({"whole": results["whole"]}) is None
+    assert worst_block({"whole": results["whole"]}) == "whole"
     zero = result(Quantity.zero(), Quantity.zero())
     assert worst_block({"zero": zero}) is None
 
@@ -231,3 +232,9 @@ def test_labels_fit_and_keep_both_ends():
 def test_the_unknown_title_is_left_out(runs):
     text = table(runs, block(runs, "a"))
     assert "None" not in text
+
+
+def test_a_weight_decay_that_is_no_number_is_left_out_of_the_title(runs):
+    blocks = (block(runs, "0"),)
+    assert "weight decay 0.5" in summary_table(runs.run(blocks, weight_decay=0.5))
+    assert "weight decay" not in summary_table(runs.run(blocks, weight_decay="much"))
