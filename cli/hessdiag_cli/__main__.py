@@ -51,10 +51,6 @@ def main() -> None:
         from hessdiag_cli.app import app
 
         app()
-    except BrokenPipeError:
-        # The reader of stdout is gone (`| head`); there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
     except Stopped as stopped:
         console.notice(_message(stopped).replace("\n", "; "))
         raise SystemExit(stopped.code) from None

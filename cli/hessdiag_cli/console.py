@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, TextIO
 
 from typer import Option
 
@@ -38,15 +39,39 @@ def color() -> bool:
 
 def emit(text: str) -> None:
     """Print a result to stdout."""
-    sys.stdout.write(text if text.endswith("\n") else text + "\n")
-    sys.stdout.flush()
+    _write(sys.stdout, text if text.endswith("\n") else text + "\n")
 
 
 def notice(text: str, *, quiet: bool = False) -> None:
     """Print a notice to stderr, unless the user asked for quiet."""
     if not quiet:
-        sys.stderr.write(f"{printable_lines(text)}\n")
-        sys.stderr.flush()
+        _write(sys.stderr, f"{printable_lines(text)}\n")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Write, also where nobody reads any more (`| head`): the command's exit code stays its own.
+
+    Raises:
+        OutOfResources: The stream is a file on a full disk.
+    """
+    from hessdiag.errors import OutOfResources
+
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        _silence(stream)
+    except OSError as error:
+        _silence(stream)
+        raise OutOfResources(
+            f"the output cannot be written ({error.strerror}); what is stored stays"
+        ) from error
+
+
+def _silence(stream: TextIO) -> None:
+    """Nothing that is left in the stream's buffer may fail again when Python ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def fail(text: str) -> None:

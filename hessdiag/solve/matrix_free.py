@@ -96,7 +96,7 @@ def solve_matrix_free(
     kappa = values["kappa"]
     if isinstance(kappa, Quantity):
         values |= rates(kappa)
-        notes += _kappa_notes(kappa, spectrum, density=budget.density)
+        notes += _kappa_notes(kappa, spectrum, density=bool(budget.density))
     values["gd_rate_applies"] = _rate_applies(spectrum, problem)
     if budget.over():
         notes.append(CUT_SHORT)

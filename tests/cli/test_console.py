@@ -1,7 +1,13 @@
-"""Messages that quote a stranger's names are shown by the terminal and not obeyed."""
+"""The two streams: what a stranger's names may not do to them, and what when they are gone."""
+
+import errno
+import io
+import os
+import sys
 
 import pytest
 
+from hessdiag.errors import OutOfResources
 from hessdiag.progress import Event
 from hessdiag_cli import console
 from hessdiag_cli.progress import progress
@@ -27,3 +33,27 @@ def test_a_blocks_progress_is_told_under_its_printable_name(capsys):
         f"block 1/2 {SHOWN}: 1 of 3 products",
         f"notice: {SHOWN}",
     ]
+
+
+class Broken(io.StringIO):
+    """A stream that the reader, or the disk, no longer takes."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def write(self, text):
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_reader_that_is_gone_costs_nothing(name, monkeypatch):
+    monkeypatch.setattr(sys, name, Broken(errno.EPIPE))
+    console.emit("a table")
+    console.notice("a notice")
+
+
+def test_a_full_disk_under_stdout_is_out_of_resources_and_no_bug(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Broken(errno.ENOSPC))
+    with pytest.raises(OutOfResources, match="No space left"):
+        console.emit("a table")
