@@ -437,19 +437,30 @@ def test_a_width_must_be_positive():
 # --- cost and arguments --------------------------------------------------------------------------
 
 
-def test_products_are_counted_and_stop_is_asked_from_the_second_probe_on():
+def test_products_are_counted_and_stop_ends_it_after_any_of_them():
     spectrum = BLOCKS["even"]
-    asked = []
+    done = []
 
-    def stop():
-        asked.append(True)
-        return len(asked) == 2
+    def product(vector):
+        done.append(True)
+        return spectrum * vector
 
-    found = draw(spectrum, probes=5, steps=6, stop=stop)
-    assert len(found.runs) == 2
-    assert found.matvecs == 12
-    assert sum(found.share) == pytest.approx(1)
-    assert draw(spectrum, probes=5, steps=6, stop=lambda: True).matvecs == 6
+    def found(last):
+        done.clear()
+        return stochastic_quadrature(
+            product,
+            len(spectrum),
+            5,
+            6,
+            generator=generator(0, "quadrature"),
+            stop=lambda: len(done) >= last,
+        )
+
+    assert (found(99).matvecs, len(found(99).runs)) == (30, 5)
+    cut = found(9)
+    assert (cut.matvecs, [run.diagonal.size for run in cut.runs]) == (9, [6, 3])
+    assert sum(cut.share) == pytest.approx(1)
+    assert found(0).matvecs == 1
 
 
 @pytest.mark.parametrize("spectrum", [[-3.0], [0.0, 0.0], [1.0, 2.0]])
