@@ -38,7 +38,7 @@ class Options:
             quadrature: kappa_quantile, counts and profile.
         tolerance: Certified width of the intervals of λ_max and λ_min, relative to ‖H‖, at which
             the search for them ends.
-        eigensolver: ``lanczos``, or ``power``, which needs two vectors of memory instead of
+        eigensolver: ``lanczos``, or ``power``, which needs some ten vectors of memory instead of
             ``steps``; it also stands in where the Krylov basis does not fit ``memory_budget``.
         max_seconds: Ends early with what is certified by then; None takes the time it takes.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.

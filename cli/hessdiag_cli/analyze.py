@@ -74,7 +74,7 @@ def analyze(
     ] = 1e-3,
     eigensolver: Annotated[
         str,
-        Option(metavar="lanczos|power", help="lanczos, or power (two vectors of memory)."),
+        Option(metavar="lanczos|power", help="lanczos, or power (ten vectors of memory)."),
     ] = "lanczos",
     max_seconds: Annotated[
         float | None, Option(help="End after S seconds with what is certified by then.")
