@@ -32,7 +32,8 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for kind, count in claims.items():
         held, (least, name) = 1 - misses[kind] / count, worst[kind]
-        print(f"| {kind} | {level[kind]:g} | {held:.4f} | {least:.4f} ({name}) | {count} |")
+        where = f" ({name})" if least < 1 else ""
+        print(f"| {kind} | {level[kind]:g} | {held:.4f} | {least:.4f}{where} | {count} |")
 
 
 if __name__ == "__main__":
