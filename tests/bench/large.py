@@ -20,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 from hessdiag import Task, analyze
 from hessdiag.blocks import WHOLE, find_blocks
 from hessdiag.curvature.engines import make_engine
-from hessdiag.curvature.loan import loan
+from hessdiag.curvature.loan import exact_arithmetic, loan
 from hessdiag.curvature.objective import Objective
 from hessdiag.data import load_batches
 from hessdiag.names import named_parameters
@@ -112,7 +112,10 @@ def references(task: Task, names: list[str]) -> dict[str, dict[str, float]]:
     """Ends by long Lanczos runs and traces by many probes, seeds and code path of their own."""
     found = {}
     blocks = find_blocks(task.model, ("layer",))
-    with loan([task.model], mode="eval", dtype=torch.float64, device=torch.device("cpu")):
+    with (
+        loan([task.model], mode="eval", dtype=torch.float64, device=torch.device("cpu")),
+        exact_arithmetic([task.model], torch.float64),
+    ):
         batches = load_batches(
             task.data, units(task), dtype=torch.float64, device=torch.device("cpu")
         )
