@@ -33,6 +33,7 @@ bench-large: $(VENV)/.test
 
 bench-coverage: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/coverage.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/coverage.py 250 density
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

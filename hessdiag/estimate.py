@@ -21,7 +21,7 @@ from hessdiag.curvature.precision import gradient_noise, noise_of
 from hessdiag.data import load_batches
 from hessdiag.names import named_parameters
 from hessdiag.network import allowed
-from hessdiag.options import EXACT_LIMIT, Options, make_options
+from hessdiag.options import Options, exact_limit, make_options
 from hessdiag.peak import PeakMemory
 from hessdiag.progress import Event, Report
 from hessdiag.selfcheck import run_selfchecks
@@ -231,8 +231,7 @@ class _Measure:
         self.objective = objective
         self.named = named
         self.options = options
-        limit = options.exact_limit
-        self.limit = EXACT_LIMIT[peak.device.type] if limit is None else limit
+        self.limit = exact_limit(options, peak.device.type)
         self.dense = DenseTimes(peak.device)
         self.peak = peak
 

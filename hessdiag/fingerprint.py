@@ -14,7 +14,7 @@ from hessdiag.checkpoint.optimizer import OptimizerState
 from hessdiag.curvature.loan import bare
 from hessdiag.data import Batches, tensor_bytes
 from hessdiag.names import named_parameters
-from hessdiag.options import EXACT_LIMIT, Options
+from hessdiag.options import Options, exact_limit
 from hessdiag.task import Task
 
 # Options that change no number; device enters by its type, and a row that max_seconds cut short
@@ -51,8 +51,7 @@ def make_fingerprint(
         if name not in NEUTRAL:
             value = getattr(options, name)
             fields[name] = list(value) if isinstance(value, tuple) else value
-    if fields["exact_limit"] is None:
-        fields["exact_limit"] = EXACT_LIMIT[device_type]
+    fields["exact_limit"] = exact_limit(options, device_type)
     return fields
 
 

@@ -18,7 +18,7 @@ from hessdiag.curvature.objective import Objective, flatten
 from hessdiag.curvature.precision import gradient_noise, noise_of
 from hessdiag.errors import InputError, OutOfTime
 from hessdiag.names import named_parameters
-from hessdiag.options import EXACT_LIMIT, Options
+from hessdiag.options import Options, exact_limit
 from hessdiag.progress import Event, Report
 from hessdiag.quantity import Quantity
 from hessdiag.selfcheck import SelfChecks
@@ -137,10 +137,8 @@ class Network:
 
     def is_exact(self, block: Block) -> bool:
         """Whether the block is assembled and solved."""
-        limit = self.options.exact_limit
-        if limit is None:
-            limit = EXACT_LIMIT[next(iter(self.named.values())).device.type]
-        return block.size <= limit
+        device = next(iter(self.named.values())).device
+        return block.size <= exact_limit(self.options, device.type)
 
     def budget(self, block: Block) -> Budget:
         """What a block above the exact limit may cost; decided once, for memory comes and goes."""

@@ -74,6 +74,11 @@ class Options:
     memory_budget: int | None = None
 
 
+def exact_limit(options: Options, device_type: str) -> int:
+    """Largest block that is assembled and solved on such a device."""
+    return EXACT_LIMIT[device_type] if options.exact_limit is None else options.exact_limit
+
+
 def make_options(**given: Any) -> Options:
     """Options from keyword arguments; text is split and sizes are parsed.
 

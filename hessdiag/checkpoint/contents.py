@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -106,13 +106,13 @@ def interpret(loaded: object, path: Path, container: str) -> Checkpoint:
         name = "Lightning checkpoint" if lightning else "training checkpoint"
     if not weights:
         raise CheckpointError(
-            f"{path} holds no weights (keys: {_listed(loaded)}); "
+            f"{path} holds no weights (keys: {listed(loaded)}); "
             "save model.state_dict() with torch.save"
         )
     hollow = [name for name, tensor in weights.items() if tensor.is_meta]
     if hollow:
         raise CheckpointError(
-            f"{path} holds tensors on the meta device, which have no values ({_listed(hollow)}); "
+            f"{path} holds tensors on the meta device, which have no values ({listed(hollow)}); "
             "save the state_dict() of a model that was given its weights"
         )
     return Checkpoint(
@@ -150,7 +150,7 @@ def _lightning_key(loaded: Mapping[Any, Any], path: Path, notices: list[str]) ->
     """The key of the LightningModule's state, averaged if the WeightAveraging callback ran."""
     if not _is_state_dict(loaded.get("state_dict")):
         raise CheckpointError(
-            f"{path} is a Lightning checkpoint without weights (keys: {_listed(loaded)}); "
+            f"{path} is a Lightning checkpoint without weights (keys: {listed(loaded)}); "
             "save it again with trainer.save_checkpoint(FILE)"
         )
     if "current_model_state" in loaded:
@@ -200,7 +200,7 @@ def _tensors(state: Mapping[Any, Any], notices: list[str]) -> dict[str, Tensor]:
             dropped.append(str(name))
     if dropped and weights:
         notices.append(
-            f"left out {len(dropped)} entries of the file that are no weights: {_listed(dropped)}"
+            f"left out {len(dropped)} entries of the file that are no weights: {listed(dropped)}"
         )
     return weights
 
@@ -236,6 +236,7 @@ def _step(loaded: Mapping[Any, Any]) -> int | None:
     return None
 
 
-def _listed(names: Any, limit: int = 8) -> str:
+def listed(names: Iterable[object], limit: int = 8) -> str:
+    """The first names in a row, for a message."""
     shown = [str(name) for name in names]
     return ", ".join(shown[:limit]) + (", …" if len(shown) > limit else "")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hessdiag.checkpoint.alignment import Alignment, align
-from hessdiag.checkpoint.contents import EXTRA_STATE, Checkpoint
+from hessdiag.checkpoint.contents import EXTRA_STATE, Checkpoint, listed
 from hessdiag.errors import CheckpointError
 
 COUNTER = "num_batches_tracked"
@@ -107,7 +107,7 @@ def _renaming(alignment: Alignment) -> list[str]:
     if alignment.outside:
         notices.append(
             f"left out {len(alignment.outside)} tensors of the file that are outside of the "
-            f"network: {_listed(alignment.outside)}"
+            f"network: {listed(alignment.outside, LISTED)}"
         )
     return notices
 
@@ -122,7 +122,7 @@ def _without_disregarded(
     patterns = [re.compile(p) for p in (*declared, *OLD_BUFFERS) if isinstance(p, str)]
     extra = [n for n in found if n not in target and any(p.search(n) for p in patterns)]
     kept = {name: value for name, value in found.items() if name not in extra}
-    notice = f"left out {len(extra)} buffers that the model makes itself: {_listed(extra)}"
+    notice = f"left out {len(extra)} buffers that the model makes itself: {listed(extra, LISTED)}"
     return kept, [notice] if extra else []
 
 
@@ -162,7 +162,7 @@ def _check_fit(
         ("of another shape", misshapen),
     ):
         if entries:
-            lines.append(f"  {title} ({len(entries)}): {_listed(entries)}")
+            lines.append(f"  {title} ({len(entries)}): {listed(entries, LISTED)}")
     near = _near_miss(missing, unexpected, target, found)
     if near:
         lines.append(f"  nearest: the model's {near[0]} may be {near[1]} in the file")
@@ -196,7 +196,7 @@ def _check_kinds(
     if wrong:
         raise CheckpointError(
             f"{checkpoint.path} holds tensors of another kind than the model "
-            f"({len(wrong)}): {_listed(wrong)}; save the weights as dense real tensors"
+            f"({len(wrong)}): {listed(wrong, LISTED)}; save the weights as dense real tensors"
         )
 
 
@@ -217,7 +217,8 @@ def _check_finite(
             broken.append(f"{name} ({int((~whole).sum())} of {value.numel()})")
     if broken:
         raise CheckpointError(
-            f"{checkpoint.path} holds NaN or infinity ({len(broken)} tensors): {_listed(broken)}; "
+            f"{checkpoint.path} holds NaN or infinity ({len(broken)} tensors): "
+            f"{listed(broken, LISTED)}; "
             "its curvature means nothing, take a checkpoint from before the training diverged"
         )
 
@@ -264,7 +265,3 @@ def _kind(tensor: Tensor) -> str:
 
 def _shape(tensor: Tensor) -> str:
     return "×".join(map(str, tensor.shape)) or "scalar"
-
-
-def _listed(entries: Sequence[str]) -> str:
-    return ", ".join(entries[:LISTED]) + (", …" if len(entries) > LISTED else "")

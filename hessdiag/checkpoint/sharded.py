@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from torch import Tensor
 
-from hessdiag.checkpoint.contents import Checkpoint
+from hessdiag.checkpoint.contents import Checkpoint, listed
 from hessdiag.checkpoint.json_file import read_object
 from hessdiag.errors import CheckpointError
 
@@ -40,7 +40,7 @@ def read_sharded(path: Path, read_file: Callable[[Path], Checkpoint]) -> Checkpo
     if missing:
         raise CheckpointError(
             f"{path} names shards that are not there ({len(missing)} of {len(by_shard)}): "
-            f"{_listed(missing)}; copy them into {path.parent}"
+            f"{listed(missing, LISTED)}; copy them into {path.parent}"
         )
     weights: dict[str, Tensor] = {}
     unlisted: dict[str, Tensor] = {}
@@ -51,7 +51,7 @@ def read_sharded(path: Path, read_file: Callable[[Path], Checkpoint]) -> Checkpo
         absent = [name for name in names if name not in held.weights]
         if absent:
             raise CheckpointError(
-                f"{path} says that {shard} holds {_listed(absent)} ({len(absent)} of "
+                f"{path} says that {shard} holds {listed(absent, LISTED)} ({len(absent)} of "
                 f"{len(names)}), and it does not; copy the shards and the index again"
             )
         weights |= {name: held.weights[name] for name in names}
@@ -66,7 +66,7 @@ def read_sharded(path: Path, read_file: Callable[[Path], Checkpoint]) -> Checkpo
     if unlisted:
         notices.append(
             f"{len(unlisted)} tensors of the shards are not in the index, and are taken, too: "
-            f"{_listed(sorted(unlisted))}"
+            f"{listed(sorted(unlisted), LISTED)}"
         )
         weights |= {name: unlisted[name] for name in sorted(unlisted)}
     ordered = {name: weights[name] for name in (*weight_map, *sorted(unlisted))}
@@ -101,7 +101,3 @@ def _inside(path: Path, shard: str) -> Path:
             "read. Take the model from whom you trust"
         )
     return path.parent / shard
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:LISTED]) + (", …" if len(names) > LISTED else "")

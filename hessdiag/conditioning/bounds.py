@@ -65,7 +65,7 @@ class RitzSpectrum:
     def norm(self) -> tuple[float, float]:
         """‖H‖ from inside and from outside; the latter with ``1 - 2 failure``."""
         low = max(float(self.value[-1]), -float(self.value[0]), 0.0) - self.rounding
-        return max(low, 0.0), max(self.high, -_end(self.bottom.low)) + self.rounding
+        return max(low, 0.0), max(self.high, -end_of(self.bottom.low)) + self.rounding
 
     @property
     def positive_floor(self) -> tuple[float, float] | None:
@@ -100,23 +100,24 @@ def ritz_quantities(
         fields["kappa_damped"] = _damped(spectrum, damping)
     if spectrum.positive_floor is not None:
         return fields | _definite(spectrum, size)
-    if _end(top.high) < 0:
+    if end_of(top.high) < 0:
         nothing = Quantity.interval(0.0, 0.0, 0.0, 1.0 - spectrum.failure)
         fields["kappa"] = fields["lambda_min_positive"] = Quantity.absent()
         fields["n_positive"] = nothing
         fields["kappa_quantile"] = dict.fromkeys(QUANTILES, Quantity.absent())
     reach = spectrum.bound + spectrum.rounding
     proven = _least_proven(spectrum.value, reach, spectrum.tolerance)
-    if proven is not None and _end(top.low) > 0:
+    if proven is not None and end_of(top.low) > 0:
         fields["lambda_min_positive"] = Quantity.upper_bound(proven)
-        fields["kappa"] = Quantity.lower_bound(max(_end(top.low) / proven, 1.0))
+        fields["kappa"] = Quantity.lower_bound(max(end_of(top.low) / proven, 1.0))
     proven = _least_proven(np.abs(spectrum.value), reach, spectrum.tolerance)
     if proven is not None:
         fields["kappa_abs"] = Quantity.lower_bound(max(spectrum.norm[0] / proven, 1.0))
     return fields
 
 
-def _end(number: float | None) -> float:
+def end_of(number: float | None) -> float:
+    """An end of a certificate that has one, without its None."""
     return 0.0 if number is None else number
 
 
@@ -131,11 +132,11 @@ def _definite(spectrum: RitzSpectrum, size: int) -> dict[str, Value]:
     floor, sure = spectrum.positive_floor or (0.0, 0.0)
     top, bottom = spectrum.top, spectrum.bottom
     # The bound from outside may lie above a floor by structure; then both may fail.
-    nearer = _end(bottom.low) > floor
+    nearer = end_of(bottom.low) > floor
     both = 1.0 - spectrum.failure * (1 + nearer) - (1.0 - sure)
-    least = max(_end(top.low) / _end(bottom.high), 1.0)
-    most = max(_end(top.high) / max(floor, _end(bottom.low)), least)
-    middle = min(max(float(spectrum.value[-1]) / _end(bottom.value), least), most)
+    least = max(end_of(top.low) / end_of(bottom.high), 1.0)
+    most = max(end_of(top.high) / max(floor, end_of(bottom.low)), least)
+    middle = min(max(float(spectrum.value[-1]) / end_of(bottom.value), least), most)
     kappa = Quantity.interval(middle, least, most, both)
     every, none = Quantity.interval(size, size, size, sure), Quantity.interval(0.0, 0.0, 0.0, sure)
     return {
@@ -161,16 +162,16 @@ def _damped(spectrum: RitzSpectrum, damping: float) -> Quantity:
 def _negative(spectrum: RitzSpectrum) -> dict[str, Value]:
     """The depth of the negative curvature; all shares are 0 where there certainly is none."""
     top, bottom = spectrum.top, spectrum.bottom
-    if spectrum.floor is not None or _end(bottom.low) >= 0:
+    if spectrum.floor is not None or end_of(bottom.low) >= 0:
         sure = 1.0 if spectrum.floor is not None else 1.0 - spectrum.failure
         nothing = Quantity.interval(0.0, 0.0, 0.0, sure)
         return dict.fromkeys(("negative_count", "negative_mass", "negative_depth"), nothing)
     if spectrum.norm[0] <= 0:
         return {}
-    ends = [max(-_end(end), 0.0) for end in (bottom.high, bottom.value, bottom.low)]
+    ends = [max(-end_of(end), 0.0) for end in (bottom.high, bottom.value, bottom.low)]
     # The share of the other end in ‖H‖ only shrinks while this end grows: x / max(x, t).
-    least = ends[0] / max(ends[0], _end(top.high), TINY)
-    most = min(ends[2] / max(ends[2], _end(top.low), TINY), 1.0)
+    least = ends[0] / max(ends[0], end_of(top.high), TINY)
+    most = min(ends[2] / max(ends[2], end_of(top.low), TINY), 1.0)
     value = min(max(ends[1] / max(ends[1], float(spectrum.value[-1]), TINY), least), most)
     return {"negative_depth": Quantity.interval(value, least, most, 1.0 - 2 * spectrum.failure)}
 

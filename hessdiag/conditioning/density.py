@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hessdiag.conditioning.bounds import RitzSpectrum
+from hessdiag.conditioning.bounds import RitzSpectrum, end_of
 from hessdiag.quantity import Quantity
 from hessdiag.run import QUANTILES, THRESHOLDS, Value
 from hessdiag_probes.quadrature import Mass, Quadrature
@@ -53,7 +53,7 @@ def density_fields(quadrature: Quadrature, spectrum: RitzSpectrum) -> DensityFie
     if spectrum.positive_floor is None:
         values |= _counts(quadrature, spectrum)
     note = f"density from {len(quadrature.runs)} probes of {quadrature.steps} steps"
-    if _end(spectrum.top.high) > 0:
+    if end_of(spectrum.top.high) > 0:
         quantiles, errors = _kappa_quantiles(quadrature, spectrum)
         values["kappa_quantile"] = quantiles
         note = f"{note}; {errors}"
@@ -69,15 +69,11 @@ def density_fields(quadrature: Quadrature, spectrum: RitzSpectrum) -> DensityFie
     return DensityFields(values, arrays, note)
 
 
-def _end(number: float | None) -> float:
-    return 0.0 if number is None else number
-
-
 def _no_negative(spectrum: RitzSpectrum) -> Quantity | None:
     """The count of negative eigenvalues where structure or the ends say that there is none."""
     if spectrum.floor is not None:
         return Quantity.interval(0.0, 0.0, 0.0, 1.0)
-    if _end(spectrum.bottom.low) >= 0:
+    if end_of(spectrum.bottom.low) >= 0:
         return Quantity.interval(0.0, 0.0, 0.0, 1.0 - spectrum.failure)
     return None
 
@@ -90,7 +86,7 @@ def _counts(quadrature: Quadrature, spectrum: RitzSpectrum) -> dict[str, Value]:
     fields: dict[str, Value] = {}
     none = _no_negative(spectrum)
     if none is not None:
-        sure = CONFIDENCE + 1.0 - _end(none.confidence)
+        sure = CONFIDENCE + 1.0 - end_of(none.confidence)
         positive = quadrature.above(near, upto=far, confidence=sure)
         rest = size - positive.least, size - positive.most
         open_share = positive.resolution_high - positive.resolution_low
@@ -112,7 +108,7 @@ def _counts(quadrature: Quadrature, spectrum: RitzSpectrum) -> dict[str, Value]:
         zero = max(size - _middle(positive, size) - negative_count, 0)
         low, high = min(rest[1], zero), max(rest[0], zero)
         fields["n_zero"] = Quantity.estimate(zero, low, high, CONFIDENCE)
-    if _end(spectrum.top.high) < 0:
+    if end_of(spectrum.top.high) < 0:
         del fields["n_positive"]
     return fields
 
@@ -128,7 +124,7 @@ def _count(mass: Mass, size: int) -> Quantity:
 
 
 def _over(count: Quantity, size: int) -> Quantity:
-    value, low, high = (_end(x) / size for x in (count.value, count.low, count.high))
+    value, low, high = (end_of(x) / size for x in (count.value, count.low, count.high))
     return Quantity.estimate(value, low, high, count.confidence)
 
 
@@ -161,7 +157,7 @@ def _kappa_at(
 ) -> Quantity:
     """``l_1`` over the smallest eigenvalue above a threshold that lies between two ends."""
     top = spectrum.top
-    if _end(top.high) <= threshold[0]:
+    if end_of(top.high) <= threshold[0]:
         return Quantity.absent()
     if count.value is None:
         return Quantity.unresolved()
@@ -172,9 +168,9 @@ def _kappa_at(
         slack=spectrum.rounding,
         confidence=CONFIDENCE + 2 * spectrum.failure,
     )
-    if math.isinf(found.high) and _end(top.low) <= threshold[1]:
+    if math.isinf(found.high) and end_of(top.low) <= threshold[1]:
         return Quantity.unresolved()
-    most = min(found.high, _end(top.high))
+    most = min(found.high, end_of(top.high))
     if most > DECADE * found.low:
         return Quantity.unresolved()
     return _kappa(spectrum, found, math.sqrt(found.low * most))
@@ -193,7 +189,7 @@ def _kappa_quantiles(
         base = tolerance
         one_sided = 1.0 - 2 * POPULATION * open_risk
         positive = quadrature.above(tolerance, upto=tolerance + rounding, confidence=one_sided)
-        least = max(positive.least, int(_end(spectrum.top.low) > tolerance))
+        least = max(positive.least, int(end_of(spectrum.top.low) > tolerance))
         confidence = 1.0 - (1.0 - POPULATION) * open_risk
     fields: dict[str, Quantity] = {}
     errors: list[str] = []
@@ -218,9 +214,9 @@ def _kappa_quantiles(
 def _kappa(spectrum: RitzSpectrum, least: Span, value: float) -> Quantity:
     """``l_1`` over an eigenvalue in a span of positive ends."""
     top = spectrum.top
-    low = max(_end(top.low) / min(least.high, max(_end(top.high), least.low)), 1.0)
-    high = max(_end(top.high) / least.low, low)
-    middle = _end(top.value) / value if value > 0 else high
+    low = max(end_of(top.low) / min(least.high, max(end_of(top.high), least.low)), 1.0)
+    high = max(end_of(top.high) / least.low, low)
+    middle = end_of(top.value) / value if value > 0 else high
     return Quantity.estimate(min(max(middle, low), high), low, high, CONFIDENCE)
 
 

@@ -129,9 +129,9 @@ def power_ends(
 
     Cost:
         At most ``steps`` matvecs and about eight vectors. About half of the products certify. The
-        wider side of the certificate, in units of ``λ_max - λ_min``, is near 0.2, 0.1, 0.025 and
-        0.005 after 40, 80, 200 and 600 products (``n`` = 2000, ``failure`` = 1e-3, any spectrum);
-        Lanczos, where its basis fits, is far ahead of that.
+        wider side of the certificate, in units of ``λ_max - λ_min``, was at most 0.36, 0.14, 0.05
+        and 0.014 after 40, 80, 200 and 600 products, and mostly half of that (twelve spectra,
+        ``n`` = 2000, ``failure`` = 1e-3); Lanczos, where its basis fits, is far ahead of that.
 
     Source:
         van Dorsselaer, Hochstenbach and van der Vorst (2000), whose polynomial is that of Lanczos;

@@ -62,8 +62,9 @@ def ranked(quadrature: Quadrature, rank: int, *, confidence: float = 0.95) -> Sp
         return most_count(quadrature.bracket(threshold)[1], n, probes, tail) >= rank
 
     left, right = _ends(quadrature)
-    low = _last(surely_above, left, right, quadrature.rounding)
-    return Span(low, _first(maybe_above, left, right, quadrature.rounding))
+    low, _ = _change(surely_above, left, right, quadrature.rounding)
+    _, high = _change(maybe_above, left, right, quadrature.rounding)
+    return Span(low, high)
 
 
 def quantile(
@@ -139,15 +140,15 @@ def quantile(
         surely: Callable[[float], bool],
         maybe: Callable[[float], bool],
     ) -> Span:
-        start = _last(lambda t: surely(below(t)), left, right, quadrature.rounding, base)
-        end = _first(lambda t: maybe(above(t)), left, right, quadrature.rounding, base)
+        start, _ = _change(lambda t: surely(below(t)), left, right, quadrature.rounding, base)
+        _, end = _change(lambda t: maybe(above(t)), left, right, quadrature.rounding, base)
         return Span(max(start - slack, base), end + slack)
 
     def passed(share: float) -> bool:
         return share >= fraction
 
     resolution = span(low, high, passed, passed)
-    value = _last(lambda t: passed(middle(t)), left, right, quadrature.rounding, base)
+    value, _ = _change(lambda t: passed(middle(t)), left, right, quadrature.rounding, base)
     return Quantile(
         value=value,
         span=span(low, high, surely_above, maybe_above),
@@ -188,12 +189,12 @@ def next_above(
 
     _, right = _ends(quadrature)
     right = max(right, threshold + quadrature.rounding)
-    low = _last(empty, threshold, right, quadrature.rounding, threshold)
-    proof = _change(nothing_proven, threshold, right, quadrature.rounding, threshold)
-    if proof is None or sure <= 0:
-        return Span(max(low - slack, threshold), threshold + slack if sure > 0 else math.inf)
+    low, _ = _change(empty, threshold, right, quadrature.rounding, threshold)
+    if sure <= 0:
+        return Span(max(low - slack, threshold), math.inf)
+    before, proven = _change(nothing_proven, threshold, right, quadrature.rounding, threshold)
     # A share may be too small for the count and yet be proven: what is certain wins.
-    return Span(max(min(low, proof[0]) - slack, threshold), proof[1] + slack)
+    return Span(max(min(low, before) - slack, threshold), proven + slack)
 
 
 def _ends(quadrature: Quadrature) -> tuple[float, float]:
@@ -201,36 +202,16 @@ def _ends(quadrature: Quadrature) -> tuple[float, float]:
     return float(node[0]), float(node[-1])
 
 
-def _last(
-    holds: Callable[[float], bool],
-    left: float,
-    right: float,
-    rounding: float,
-    base: float = -math.inf,
-) -> float:
-    """A threshold where ``holds`` is true, close to the last one; ``base`` where there is none."""
-    found = _change(holds, left, right, rounding, base)
-    return base if found is None else found[0]
-
-
-def _first(
-    holds: Callable[[float], bool],
-    left: float,
-    right: float,
-    rounding: float,
-    base: float = -math.inf,
-) -> float:
-    """A threshold where ``holds`` is false, close to the first; infinite where there is none."""
-    found = _change(holds, left, right, rounding, base)
-    return base if found is None else found[1]
-
-
 def _change(
-    holds: Callable[[float], bool], left: float, right: float, rounding: float, base: float
-) -> tuple[float, float] | None:
-    """Neighbours ``a < b`` where ``holds`` changes from true to false; None if false from base on.
+    holds: Callable[[float], bool],
+    left: float,
+    right: float,
+    rounding: float,
+    base: float = -math.inf,
+) -> tuple[float, float]:
+    """Neighbours ``a < b`` where ``holds`` changes from true to false.
 
-    ``b`` is infinite where it never turns false.
+    Both are ``base`` where it is false from there on, and ``b`` is infinite where it never is.
     """
     step = max(right - left, rounding)
     if step <= 0:
@@ -240,11 +221,11 @@ def _change(
         if holds(low):
             break
         if low <= base:
-            return None
+            return base, base
         low, high = max(low - step, base), low
         step *= 4
     else:
-        return None
+        return base, base
     step = max(right - left, rounding, abs(right) * TOLERANCE)
     high = max(high, low)
     for _ in range(WIDENINGS):

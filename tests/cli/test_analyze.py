@@ -1,9 +1,7 @@
 """``analyze`` from the command line: streams, files, exit codes and the document it prints."""
 
 import json
-import signal
 import sys
-from contextlib import contextmanager
 
 import h5py
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import processes
 from hessdiag import open_run
 from hessdiag.demos import DEMOS
 from hessdiag_cli.__main__ import Stopped, main
@@ -54,17 +53,6 @@ def network(seed=0):
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
-@contextmanager
-def kept_handlers():
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    kept = [signal.getsignal(number) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, kept, strict=True):
-            signal.signal(number, handler)
-
-
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A working directory with a checkpoint and its task."""
@@ -83,7 +71,7 @@ def hessdiag(here, monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["hessdiag", *map(str, arguments)])
         capsys.readouterr()
-        with kept_handlers(), pytest.raises(SystemExit) as stopped:
+        with processes.kept_handlers(), pytest.raises(SystemExit) as stopped:
             main()
         out, err = capsys.readouterr()
         return stopped.value.code or 0, out, " ".join(err.replace("│", " ").split())

@@ -19,17 +19,6 @@ from hessdiag_cli import __main__ as entry
 BLOCKS = processes.BLOCKS
 
 
-@contextlib.contextmanager
-def kept_handlers():
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    kept = [signal.getsignal(number) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, kept, strict=True):
-            signal.signal(number, handler)
-
-
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A working directory with a checkpoint and its task."""
@@ -47,7 +36,7 @@ def hessdiag(here, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["hessdiag", *map(str, arguments)])
         monkeypatch.delitem(sys.modules, "hessdiag_task", raising=False)
         capsys.readouterr()
-        with kept_handlers(), pytest.raises(SystemExit) as stopped:
+        with processes.kept_handlers(), pytest.raises(SystemExit) as stopped:
             entry.main()
         out, err = capsys.readouterr()
         return stopped.value.code or 0, out, " ".join(err.replace("│", " ").split())
@@ -71,7 +60,7 @@ def interrupted(tmp_path_factory):
 
     with (
         pytest.MonkeyPatch.context() as patch,
-        kept_handlers(),
+        processes.kept_handlers(),
         contextlib.redirect_stderr(said),
     ):
         patch.chdir(folder)
@@ -239,7 +228,7 @@ def test_signals_keep_finished_blocks_and_a_second_ctrl_c_shows_no_traceback(her
 def test_a_hanging_way_out_ends_at_the_third_signal(monkeypatch):
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
-    with kept_handlers():
+    with processes.kept_handlers():
         signal.signal(signal.SIGINT, signal.default_int_handler)
         entry._catch_signals()
         with pytest.raises(entry.Stopped):
@@ -251,7 +240,7 @@ def test_a_hanging_way_out_ends_at_the_third_signal(monkeypatch):
 
 
 def test_an_ignored_interrupt_stays_ignored():
-    with kept_handlers():
+    with processes.kept_handlers():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         entry._catch_signals()
         signal.raise_signal(signal.SIGINT)

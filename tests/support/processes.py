@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +125,15 @@ def close(left: Any, right: Any, tolerance: float) -> bool:
 def stored(folder: Path) -> Run:
     """The run or the unfinished one."""
     return open_run(folder / "model.h5")
+
+
+@contextmanager
+def kept_handlers() -> Iterator[None]:
+    """Put back the signal handlers that the entry point sets."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    kept = [signal.getsignal(number) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, kept, strict=True):
+            signal.signal(number, handler)
