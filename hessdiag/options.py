@@ -72,6 +72,8 @@ class Options:
     damping: float | None = None
     engine: EngineName = "auto"
     memory_budget: int | None = None
+    iterates: tuple[str, ...] = ()
+    reference: str | None = None
 
 
 def exact_limit(options: Options, device_type: str) -> int:

@@ -65,6 +65,29 @@ class BlockResult:
         return f"<BlockResult {self.name!r}, {', '.join(self.variants)}>"
 
 
+@dataclass(frozen=True, repr=False)
+class HiddenResult:
+    """H_e of one layer under one variant, and the factors of its neurons.
+
+    Attributes:
+        layer: Name of the module.
+        index: The layer's block in a ``layer`` run, else its order in ``named_modules()``.
+        hidden: ``row_norm`` (features + 1,), row 0 being that of ones; ``column_norm``
+            (positions,), ``singular_value``, ``bias_cosine``, ``dead``, ``constant`` and the
+            scalars ``kappa``, ``rank``, ``centring_holds``.
+        neurons: ``kappa_hessian, kappa_hidden, kappa_s, bound, slack, s_positive, s_negative,
+            s_zero``, (neurons,) each; empty where theorem 3 does not apply.
+    """
+
+    layer: str
+    index: int
+    hidden: Mapping[str, Array]
+    neurons: Mapping[str, Array] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"<HiddenResult {self.layer!r}>"
+
+
 @dataclass(frozen=True)
 class Provenance:
     """Where the numbers come from: everything here is JSON."""
@@ -77,13 +100,25 @@ class Provenance:
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """The result of one ``analyze``; what is in the HDF5 file, and nothing else."""
+    """The result of one ``analyze``; what is in the HDF5 file, and nothing else.
+
+    Attributes:
+        blocks: The rows of the table.
+        variants: In the order of the columns, ``raw`` first.
+        provenance: Where the numbers come from.
+        created_at: UTC.
+        hessdiag_version: Of the release that made it.
+        hidden: H_e by variant, of every layer that the variant changes.
+        cosines: Along the trajectory, by the names of ``/cosines``; empty without iterates.
+    """
 
     blocks: tuple[BlockResult, ...]
     variants: tuple[str, ...]
     provenance: Provenance
     created_at: str
     hessdiag_version: str
+    hidden: Mapping[str, tuple[HiddenResult, ...]] = field(default_factory=dict)
+    cosines: Mapping[str, Array] = field(default_factory=dict)
 
     def __getitem__(self, block: str) -> BlockResult:
         for candidate in self.blocks:

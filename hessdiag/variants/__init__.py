@@ -1,0 +1,1 @@
+"""Views of the problem: a network, and a change of its parameters, by name."""
