@@ -13,19 +13,21 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from hessdiag.analysis import analyze as analyze
     from hessdiag.quantity import Quantity as Quantity
+    from hessdiag.recorder import Recorder as Recorder
     from hessdiag.run import Run as Run
     from hessdiag.store.journal import open_run as open_run
     from hessdiag.task import Task as Task
 
 _LAZY = {
     "Quantity": ("hessdiag.quantity", "Quantity"),
+    "Recorder": ("hessdiag.recorder", "Recorder"),
     "Run": ("hessdiag.run", "Run"),
     "Task": ("hessdiag.task", "Task"),
     "analyze": ("hessdiag.analysis", "analyze"),
     "open_run": ("hessdiag.store.journal", "open_run"),
 }
 
-__all__ = ["Quantity", "Run", "Task", "__version__", "analyze", "open_run"]
+__all__ = ["Quantity", "Recorder", "Run", "Task", "__version__", "analyze", "open_run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hessdiag.curvature.objective import Objective
+from hessdiag.data import row_count
 from hessdiag.names import clean_name, named_parameters
 
 Kind = Literal["linear", "conv"]
@@ -22,7 +23,8 @@ class Layer:
 
     Attributes:
         name: Of the module, as in the table of blocks.
-        module: ``nn.Linear``, ``nn.Conv1d`` or ``nn.Conv2d``, or a class derived from one.
+        module: ``nn.Linear``, ``nn.Conv1d`` or ``nn.Conv2d``, or a class derived from one that
+            computes its output in the same way.
         kind: Which.
         weight: First name of the weight in :func:`hessdiag.names.named_parameters`.
         bias: That of the bias, or None.
@@ -37,15 +39,19 @@ class Layer:
     shared: bool
 
     @property
+    def tensor(self) -> Tensor:
+        """The weight, (outputs, inputs of a neuron, kernel…)."""
+        return cast("Tensor", self.module.weight)
+
+    @property
     def outputs(self) -> int:
         """Number of neurons, or of output channels."""
-        return int(getattr(self.module, "weight").shape[0])  # noqa: B009
+        return self.tensor.shape[0]
 
     @property
     def features(self) -> int:
         """Rows of H: weights of one neuron, in the flattened order of ``weight[i]``."""
-        weight = getattr(self.module, "weight")  # noqa: B009
-        return int(weight.numel() // weight.shape[0])
+        return self.tensor[0].numel() if len(self.tensor) else 0
 
     @property
     def groups(self) -> int:
@@ -62,11 +68,8 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     found: dict[str, Layer] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            kind: Kind = "linear"
-        elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            kind = "conv"
-        else:
+        kind = _kind(module)
+        if kind is None:
             continue
         weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
         if weight is None:  # a parametrization makes it
@@ -78,6 +81,18 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
     return found
 
 
+def _kind(module: nn.Module) -> Kind | None:
+    """What kind of layer it is; None where a derived class does more than multiply and add."""
+    kind: Any = type(module)
+    if isinstance(module, nn.Linear):
+        return "linear" if kind.forward is nn.Linear.forward else None
+    for base in (nn.Conv1d, nn.Conv2d):
+        if isinstance(module, base):
+            same = kind.forward is base.forward and kind._conv_forward is base._conv_forward
+            return "conv" if same else None
+    return None
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What one call of a layer was given.
@@ -85,7 +100,8 @@ class Inputs:
     Attributes:
         rows: The vectors h that the weights meet, (positions, features): a row of H_eᵀ without
             its 1. Of a convolution: its patches, padding included.
-        samples: Number of samples in the batch; positions = samples · positions per sample.
+        samples: Number of samples in the batch; positions = samples · positions per sample,
+            in the order of the layer's input.
         group: Of a convolution with groups, else 0.
     """
 
@@ -101,23 +117,28 @@ def visit_inputs(objective: Objective, layers: Collection[Layer], visit: Visit) 
     """Show ``visit`` the inputs of these layers, batch by batch, in one pass over the data.
 
     Returns:
-        How often each layer's forward was called on the first batch: 0 where its weights are
-        used in another way (``out_proj`` of torch's attention), more than 1 where it is shared
-        over time.
+        How often each layer's forward is called in a batch, at most: 0 where its weights are used
+        in another way (``out_proj`` of torch's attention), more than 1 where it is shared over
+        time.
     Cost:
-        One forward pass; the inputs of one batch in memory.
+        One forward pass; the inputs of one layer in one batch in memory.
     """
-    calls = {layer.name: 0 for layer in layers}
-    for index, (batch, _) in enumerate(objective):
+    most = {layer.name: 0 for layer in layers}
+    for batch, _ in objective:
+        calls = dict.fromkeys(most, 0)
+        rows = row_count(batch)
 
-        def seen(layer: Layer, value: Tensor, index: int = index) -> None:
-            calls[layer.name] += index == 0
-            for inputs in layer_inputs(layer, value.detach()):
+        def seen(
+            layer: Layer, value: Tensor, calls: dict[str, int] = calls, rows: int = rows
+        ) -> None:
+            calls[layer.name] += 1
+            for inputs in layer_inputs(layer, value.detach(), rows):
                 visit(layer, inputs)
 
         with watched(layers, seen):
             objective.evaluate(batch)
-    return calls
+        most = {name: max(most[name], count) for name, count in calls.items()}
+    return most
 
 
 @contextmanager
@@ -144,16 +165,28 @@ def watched(layers: Collection[Layer], seen: Callable[[Layer, Tensor], None]) ->
             handle.remove()
 
 
-def layer_inputs(layer: Layer, value: Tensor) -> Iterator[Inputs]:
-    """The vectors that the weights of ``layer`` meet in ``value``, one entry per group."""
+def layer_inputs(layer: Layer, value: Tensor, rows: int | None = None) -> Iterator[Inputs]:
+    """The vectors that the weights of ``layer`` meet in ``value``, one entry per group.
+
+    Args:
+        layer: Whose input ``value`` is.
+        value: As its forward was given it.
+        rows: Of the batch, which are its samples; None, or a number that does not divide the
+            positions, takes the first dimension of ``value``.
+    """
     if layer.kind == "linear":
-        samples = value.shape[0] if value.ndim > 1 else 1
-        yield Inputs(value.reshape(-1, value.shape[-1]), samples, 0)
+        vectors = value.reshape(-1, value.shape[-1])
+        first = value.shape[0] if value.ndim > 1 else 1
+        yield Inputs(vectors, _samples(len(vectors), first, rows), 0)
         return
     patches = unfold(layer.module, value)
-    samples = patches.shape[0]
     for group, part in enumerate(patches.chunk(layer.groups, dim=1)):
-        yield Inputs(part.mT.reshape(-1, part.shape[1]), samples, group)
+        vectors = part.mT.reshape(-1, part.shape[1])
+        yield Inputs(vectors, _samples(len(vectors), len(patches), rows), group)
+
+
+def _samples(positions: int, first: int, rows: int | None) -> int:
+    return rows if rows and positions % rows == 0 else first
 
 
 def unfold(module: nn.Module, value: Tensor) -> Tensor:

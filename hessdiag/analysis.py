@@ -11,26 +11,35 @@ import torch
 from torch import Tensor, nn
 
 import hessdiag
-from hessdiag.blocks import find_blocks
+from hessdiag.along import cosines_at, find_trajectory
+from hessdiag.blocks import WHOLE, find_blocks
 from hessdiag.checkpoint import Checkpoint, match_weights, read_checkpoint
 from hessdiag.checkpoint.optimizer import OptimizerState, map_optimizer
 from hessdiag.curvature.loan import bare, exact_arithmetic, loan
 from hessdiag.curvature.objective import Objective
 from hessdiag.data import halves, load_batches
 from hessdiag.errors import InputError, OptionError
+from hessdiag.explained import Explained
 from hessdiag.fingerprint import hash_tensors, make_fingerprint
 from hessdiag.names import clean_name
 from hessdiag.network import Network
-from hessdiag.options import Options, make_options
+from hessdiag.options import DEFAULT_VARIANTS, Options, make_options, with_variants
 from hessdiag.progress import Event, Report
 from hessdiag.provenance import environment
 from hessdiag.resume import Begun, begin, now, tell_left
 from hessdiag.rows import Rows
 from hessdiag.run import Provenance, Run
 from hessdiag.selfcheck import run_selfchecks
+from hessdiag.stages import compute_stages
 from hessdiag.store.folder import check_folder
 from hessdiag.store.write import check_target
 from hessdiag.task import Task, as_loss, units
+from hessdiag.variants.grammar import RAW
+
+NO_STATE = (
+    "the checkpoint holds no optimizer state, so the variant optimizer is left out; "
+    "--variants raw,adam,bnp replays Adam's M from gradients"
+)
 
 
 def _silent(_event: Event) -> None:
@@ -83,7 +92,7 @@ def analyze(
         # A run that is there may be this very one, so only what can never be written is refused.
         check_target(target, force=True)
         check_folder(target)
-    analysis = Analysis(task, chosen, checkpoint, report or _silent)
+    analysis = Analysis(task, chosen, checkpoint, report or _silent, trust)
     try:
         return analysis.run(target, force=force)
     except BaseException as error:
@@ -101,6 +110,7 @@ class Analysis:
     options: Options
     checkpoint: Checkpoint | None
     report: Report
+    trust: bool = False
     warnings: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     begun: Begun | None = None
@@ -130,12 +140,17 @@ class Analysis:
 
     def _on_loan(self, output: Path | None, *, force: bool) -> tuple[Run, Rows | None]:
         """Everything between the loan of the model and its return."""
-        options = self.options
         model = bare(self.task.model)
-        blocks = find_blocks(model, options.blocks)
+        blocks = find_blocks(model, self.options.blocks)
+        whole = find_blocks(model, (WHOLE,))[0]
+        optimizer = self._optimizer_state(model)
+        given = self.options
+        options = self.options = with_variants(given, has_state=optimizer is not None)
+        if options.variants != DEFAULT_VARIANTS and given.variants is None:
+            self.warnings.append(NO_STATE)
+        listed = options.variants or (RAW,)
         device = pick_device(options.device)
         dtype = torch.float64 if options.dtype == "float64" else torch.float32
-        optimizer = self._optimizer_state(model)
         with (
             loan([model], mode=self.task.mode, dtype=dtype, device=device),
             exact_arithmetic([model], dtype) as switches,
@@ -154,18 +169,22 @@ class Analysis:
             )
             self.warnings += [*self.task.notices, *batches.notices]
             objective = Objective(model, as_loss(self.task), batches)
-            network = Network(model, objective, options, self.report)
+            network = Network(objective, options, self.report)
             if has_batch_statistics(model) and len(batches.items) > 1:
                 self.warnings.append(
                     f"BatchNorm uses the statistics of the batch: the loss is the mean over these "
                     f"{len(batches.items)} batches, each normalised by its own"
                 )
             weights = hash_tensors({**network.named, **dict(model.named_buffers())})
+            trajectory = find_trajectory(options, model, trust=self.trust)
             loss = objective.value()
             wanted = [block for block in blocks if block.skipped is None]
             constrained = network.constrained(wanted)
-            fingerprint = make_fingerprint(
-                self.task, weights, batches, optimizer, loss, device.type, options, constrained
+            fingerprint = (
+                make_fingerprint(
+                    self.task, weights, batches, optimizer, loss, device.type, options, constrained
+                )
+                | trajectory.fingerprint
             )
             config = self._config(str(device))
             self.begun = begin(
@@ -185,15 +204,30 @@ class Analysis:
             )
             if options.max_seconds is not None:
                 network.deadline = self.started + options.max_seconds
-            rows = Rows(network, self.begun.finished, self.begun.journal)
-            results = rows.compute(blocks)
+            rows = Rows(
+                self.begun.finished,
+                self.begun.journal,
+                optimizer=optimizer,
+                iterates=trajectory.readers(model),
+                max_seconds=options.max_seconds,
+                count=len(wanted) * len(listed),
+            )
+            explained = Explained(blocks, by_layer="layer" in options.blocks)
+            self.warnings += compute_stages(rows, network, blocks, explained, count)
+            along: dict[str, Any] = {}
+            if trajectory.iterates:
+                along, told = cosines_at(
+                    network, trajectory, whole, rows.done.get((whole.name, RAW))
+                )
+                self.warnings += told
             record = environment(
                 device, switches, checks.to_json(), rows.engines, rows.timings, rows.failed
             )
             record["optimizer"] = _optimizer_record(optimizer)
+            record["hidden"] = explained.reasons
         run = Run(
-            blocks=results,
-            variants=options.variants,
+            blocks=rows.results(blocks, listed),
+            variants=listed,
             provenance=Provenance(
                 config=config,
                 environment=record,
@@ -202,6 +236,8 @@ class Analysis:
             ),
             created_at=now(),
             hessdiag_version=hessdiag.__version__,
+            hidden=explained.results,
+            cosines=along,
         )
         return run, rows
 
@@ -214,7 +250,7 @@ class Analysis:
             "step": self.checkpoint.step if self.checkpoint else None,
             "mode": self.task.mode,
             "device": device,
-            "variants": list(options.variants),
+            "variants": list(options.variants or ()),
             "blocks": list(options.blocks),
         }
 

@@ -21,13 +21,14 @@ from hessdiag.curvature.precision import gradient_noise, noise_of
 from hessdiag.data import load_batches
 from hessdiag.names import named_parameters
 from hessdiag.network import allowed
-from hessdiag.options import Options, exact_limit, make_options
+from hessdiag.options import Options, exact_limit, make_options, with_variants
 from hessdiag.peak import PeakMemory
 from hessdiag.progress import Event, Report
 from hessdiag.selfcheck import run_selfchecks
 from hessdiag.solve.budget import DENSITY_PROBES, POWER_VECTORS
 from hessdiag.solve.calibration import DENSE_COPIES, DenseTimes
 from hessdiag.task import Task, as_loss, units
+from hessdiag.variants.grammar import RAW, parse_variant
 from hessdiag_probes.random import generator, rademacher
 
 TIMED_SECONDS = 0.3
@@ -39,7 +40,7 @@ RECOMPUTED = 3  # products in one measurement of a block's noise
 
 @dataclass(frozen=True)
 class BlockEstimate:
-    """What one block will cost.
+    """What one block will cost, under all its variants.
 
     Attributes:
         name: Of the block.
@@ -142,6 +143,8 @@ def estimate(
     chosen = make_options(**options)
     if isinstance(checkpoint, (str, Path)):
         checkpoint = read_checkpoint(checkpoint, trust=trust)
+    has_state = checkpoint is not None and checkpoint.optimizer is not None
+    chosen = with_variants(chosen, has_state=has_state)
     model = bare(task.model)
     blocks = find_blocks(model, chosen.blocks)
     device = pick_device(chosen.device)
@@ -234,6 +237,9 @@ class _Measure:
         self.limit = exact_limit(options, peak.device.type)
         self.dense = DenseTimes(peak.device)
         self.peak = peak
+        variants = [parse_variant(name) for name in options.variants or (RAW,)]
+        self.networks = len({variant.network for variant in variants})
+        self.views = sum(variant.coordinates != RAW for variant in variants)
 
     def block(self, block: Block, blocks: Sequence[Block]) -> BlockEstimate:
         """What one block will cost, by the way in which it will be solved."""
@@ -256,6 +262,10 @@ class _Measure:
         # Two measurements for the rows, one for the equilibrated matrix.
         seconds = timed.build + timed.gradient + 3 * timed.noise
         seconds += (count + 2 * (not cut)) * timed.product + self.dense.seconds(block.size)
+        # A congruence: one measurement for its rows, one for its equilibrated matrix.
+        view = 2 * timed.noise + self.dense.seconds(block.size)
+        seconds = self.networks * seconds + self.views * view
+        noise = self.networks * 3 * RECOMPUTED + self.views * 2 * RECOMPUTED
         matrix = 8 * block.size**2
         held = 8 * assembled**2 if cut and assembled is not None else 0
         solve = self.peak.held() + round((1 + DENSE_COPIES) * matrix)
@@ -266,9 +276,9 @@ class _Measure:
             skipped=None,
             method="cut from whole" if cut else "exact",
             engine=timed.engine,
-            products=count,
-            noise_products=3 * RECOMPUTED + 2 * (not cut),
-            seconds=seconds + halves,
+            products=self.networks * count,
+            noise_products=noise + 2 * self.networks * (not cut),
+            seconds=seconds + (self.networks + self.views) * halves,
             memory=held + max(solve, timed.memory + matrix),
         )
 
@@ -285,8 +295,11 @@ class _Measure:
         reads = 2 * ((0 if power else steps**2) + forecast**2)
         reads += 4 * options.probes * (0 if power else steps)
         reads += 2 * DENSITY_PROBES * depth**2
-        seconds = timed.build + timed.gradient + 2 * timed.noise + (2 + products) * timed.product
-        seconds += reads * self.dense.pass_seconds(size)
+        rows = self.networks + self.views
+        seconds = self.networks * (timed.build + timed.gradient) + rows * (
+            2 * timed.noise + (2 + products) * timed.product
+        )
+        seconds += rows * reads * self.dense.pass_seconds(size)
         vectors = (0 if power else steps) + max(forecast, depth) + POWER_VECTORS
         return BlockEstimate(
             name=block.name,
@@ -294,9 +307,9 @@ class _Measure:
             skipped=None,
             method="power" if power else "lanczos",
             engine=timed.engine,
-            products=products,
-            noise_products=2 * RECOMPUTED + 2,
-            seconds=seconds + self._halves(timed),
+            products=rows * products,
+            noise_products=rows * (2 * RECOMPUTED + 2),
+            seconds=seconds + rows * self._halves(timed),
             memory=timed.memory + vectors * size * like.element_size(),
         )
 

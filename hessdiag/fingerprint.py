@@ -17,9 +17,9 @@ from hessdiag.names import named_parameters
 from hessdiag.options import Options, exact_limit
 from hessdiag.task import Task
 
-# Options that change no number; device enters by its type, and a row that max_seconds cut short
-# says so in its notes.
-NEUTRAL = {"engine", "memory_budget", "device", "max_seconds"}
+# Options that change no number; device enters by its type, iterates and reference by what they
+# hold, and a row that max_seconds cut short says so in its notes.
+NEUTRAL = {"engine", "memory_budget", "device", "max_seconds", "iterates", "reference"}
 
 
 def make_fingerprint(

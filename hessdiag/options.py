@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from hessdiag.errors import OptionError
+from hessdiag.variants.grammar import RAW, parse_variant
 
 Curvature = Literal["hessian", "ggn"]
 EngineName = Literal["auto", "kept", "recompute"]
 DType = Literal["float64", "float32"]
 Eigensolver = Literal["lanczos", "power"]
 
-VARIANTS = ("raw",)
+DEFAULT_VARIANTS = ("raw", "optimizer", "bnp")
 EXACT_LIMIT = {"cpu": 4096, "cuda": 16384}
 SIZES = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -26,7 +27,9 @@ class Options:
     """What ``analyze`` may be told. Defaults give a useful answer on a laptop.
 
     Attributes:
-        variants: Views of the problem; ``raw`` is always there, first.
+        variants: Views of the problem, ``network``, ``coordinates`` or ``network+coordinates``;
+            ``raw`` is always there, first. None takes ``raw,optimizer,bnp``, without
+            ``optimizer`` where the checkpoint holds no optimizer state.
         blocks: ``layer``, ``parameter``, ``whole``, ``GLOB`` or ``NAME=GLOB``, in order.
         curvature: ``hessian``, or ``ggn`` for the Gauss–Newton matrix.
         exact_limit: Largest block that is assembled and solved; None takes 4096 on the CPU and
@@ -51,9 +54,12 @@ class Options:
         engine: How a product is computed; ``auto`` keeps the graph where memory allows.
         memory_budget: Bytes (or text such as ``8G``) for kept graphs, and as much for a Krylov
             basis; None takes half of what is free.
+        iterates: Glob of checkpoints along a training, for cosines and for replaying optimizers.
+        reference: Checkpoint of the point p* that the cosines are taken at; None takes the
+            analysed one.
     """
 
-    variants: tuple[str, ...] = ("raw",)
+    variants: tuple[str, ...] | None = None
     blocks: tuple[str, ...] = ("layer",)
     curvature: Curvature = "hessian"
     exact_limit: int | None = None
@@ -72,7 +78,7 @@ class Options:
     damping: float | None = None
     engine: EngineName = "auto"
     memory_budget: int | None = None
-    iterates: tuple[str, ...] = ()
+    iterates: str | None = None
     reference: str | None = None
 
 
@@ -92,14 +98,29 @@ def make_options(**given: Any) -> Options:
         if name not in known:
             raise OptionError(f"analyze has no option {name!r}{_hint(name, known)}")
     for name in ("variants", "blocks"):
-        if name in given:
+        if given.get(name) is not None:
             given[name] = _listed(name, given[name])
+    if given.get("variants") is not None:
+        given["variants"] = _variants(given["variants"])
     if given.get("memory_budget") is not None:
         given["memory_budget"] = parse_size(given["memory_budget"])
     options = Options(**given)
     _check_choices(options)
     _check_numbers(options)
     return options
+
+
+def with_variants(options: Options, *, has_state: bool) -> Options:
+    """The options with the default variants spelled out.
+
+    Args:
+        options: Of the analysis.
+        has_state: The checkpoint holds an optimizer's state, usable or not.
+    """
+    if options.variants is not None:
+        return options
+    left_out = () if has_state else ("optimizer",)
+    return replace(options, variants=tuple(v for v in DEFAULT_VARIANTS if v not in left_out))
 
 
 def _listed(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
@@ -109,15 +130,12 @@ def _listed(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
     items = tuple(part.strip() for part in parts if part.strip())
     if not items:
         raise OptionError(f"{name} is empty; give at least one, such as {name}='layer'")
-    if name == "blocks":
-        return items
-    for item in items:
-        if item not in VARIANTS:
-            raise OptionError(
-                f"unknown variant {item!r}{_hint(item, VARIANTS)}; "
-                f"this release knows {', '.join(VARIANTS)}"
-            )
-    return ("raw", *(item for item in dict.fromkeys(items) if item != "raw"))
+    return items
+
+
+def _variants(names: Sequence[str]) -> tuple[str, ...]:
+    """Their shortest spellings, each once, ``raw`` first."""
+    return tuple(dict.fromkeys([RAW, *(parse_variant(name).key for name in names)]))
 
 
 def parse_size(value: int | float | str) -> int:
@@ -161,6 +179,10 @@ def _check_numbers(options: Options) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise OptionError(f"{name} is {value!r}; it must be a whole number >= {least}")
+    for name in ("iterates", "reference"):
+        value = getattr(options, name)
+        if value is not None and (not isinstance(value, str) or not value):
+            raise OptionError(f"{name} is {value!r}; it must be text, a path")
     if options.probes == 1:
         raise OptionError("probes is 1; an error bar takes at least 2 (0 leaves the probes out)")
     if not isinstance(options.density, bool):

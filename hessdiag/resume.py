@@ -18,6 +18,7 @@ from hessdiag.store.folder import parts_folder
 from hessdiag.store.identity import check_same
 from hessdiag.store.journal import Journal, open_journal, remove_leftover
 from hessdiag.store.read import is_run, read_run
+from hessdiag.variants.grammar import RAW
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def begin(
         fingerprint=fingerprint,
         config=config,
         blocks=[block.name for block in blocks],
-        variants=options.variants,
+        variants=options.variants or (RAW,),
         created_at=now(),
         hessdiag_version=hessdiag.__version__,
         force=force,

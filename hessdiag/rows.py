@@ -1,27 +1,37 @@
-"""The blocks' rows: computed one after the other, and kept as soon as they are there."""
+"""The rows of a run, (block, variant): computed one by one, and kept as soon as they are there."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from hessdiag.blocks import WHOLE, Block
+from hessdiag.checkpoint.optimizer import OptimizerState
 from hessdiag.errors import HessdiagError, OutOfTime, is_out_of_memory
 from hessdiag.network import Network
+from hessdiag.opened import Opened, Row
 from hessdiag.options import Options
 from hessdiag.quantity import Quantity
-from hessdiag.run import BlockResult, Run, Value, VariantResult
+from hessdiag.run import BlockResult, Run, Value, VariantResult, row_label
 from hessdiag.solve import Solved, skipped_fields
 from hessdiag.solve.problem import CUT_SHORT
 from hessdiag.store.journal import Journal
 from hessdiag.store.parts import Finished
+from hessdiag.symmetries import find_symmetries
+from hessdiag.variants.coordinates import identity
+from hessdiag.variants.decay import trained_decoupled
+from hessdiag.variants.grammar import RAW, Variant
+from hessdiag.variants.registry import MAKERS
+from hessdiag.variants.scene import Built, Iterates, NotApplicable
 
 # What a block may die of without taking the others along.
 FAILURES = (HessdiagError, ArithmeticError, ValueError, RuntimeError, MemoryError)
-VARIANT = "raw"
+
+Computation = Callable[[], tuple[tuple[Solved, int], Built | None]]
+"""The row and the products it took, with the coordinates that were made for it."""
 
 FinishedRows = Mapping[tuple[str, str], Finished]
 """By (block, variant)."""
@@ -35,8 +45,8 @@ def finished_rows(run: Run) -> dict[tuple[str, str], Finished]:
         (block.name, variant): Finished(
             BlockResult(block.name, block.parameters, {variant: result}),
             variant,
-            record.get("engine", {}).get(block.name),
-            record.get("seconds", {}).get(block.name, 0.0),
+            record.get("engine", {}).get(row_label(block.name, variant)),
+            record.get("seconds", {}).get(row_label(block.name, variant), 0.0),
             limit,
         )
         for block in run.blocks
@@ -64,151 +74,338 @@ def is_complete(run: Run, options: Options) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One network and its variants.
+
+    Attributes:
+        network: On loan, changed where it is to be.
+        blocks: Its own, in the order of the table.
+        variants: Of this network, bare first.
+        same_function: It computes the function of the original.
+        notes: What every row of it must say.
+    """
+
+    network: Network
+    blocks: Sequence[Block]
+    variants: Sequence[Variant]
+    same_function: bool = True
+    notes: tuple[str, ...] = ()
+
+
 @dataclass
 class Rows:
     """The rows of one run in the making.
 
     Attributes:
-        network: Prepared; its ``deadline`` ends the work.
         finished: Rows that are taken as they are.
         journal: Keeps every row that is new; or None.
-        engines: By block, what computed its products; filled on the way.
-        timings: By block, seconds; filled on the way.
-        failed: Blocks that apply and have no numbers: they raised, or were not begun in time.
+        optimizer: State of the checkpoint, or None.
+        iterates: Of the trajectory.
+        count: Number of rows, for the progress.
+        max_seconds: That the rows are analysed under.
+        done: By (block, variant).
+        engines: By row, what computed its products; filled on the way.
+        timings: By row, seconds; filled on the way.
+        failed: Rows that apply and have no numbers: they raised, or were not begun in time.
     """
 
-    network: Network
     finished: FinishedRows
     journal: Journal | None
+    optimizer: OptimizerState | None = None
+    iterates: Iterates = ()
+    count: int = 0
+    max_seconds: float | None = None
+    done: dict[tuple[str, str], VariantResult] = field(default_factory=dict)
     engines: dict[str, str] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
 
-    def compute(self, blocks: Sequence[Block]) -> tuple[BlockResult, ...]:
-        """All rows; the whole network goes first, for its matrix serves all its layers.
+    def results(self, blocks: Sequence[Block], variants: Sequence[str]) -> tuple[BlockResult, ...]:
+        """The table, from all stages."""
+        return tuple(
+            BlockResult(
+                block.name,
+                block.parameters,
+                {v: self.done[block.name, v] for v in variants if (block.name, v) in self.done},
+            )
+            for block in blocks
+        )
 
-        Args:
-            blocks: In the order of the table.
+    def compute(self, stage: Stage) -> None:
+        """All rows of a network; ``whole`` goes first, for its matrix serves all its layers.
+
         Raises:
             OutOfResources: The journal's disk is full.
             StoreError: The journal cannot be written, or the matrix in it is damaged.
         """
-        order = sorted(range(len(blocks)), key=lambda i: (blocks[i].name != WHOLE, i))
-        done: dict[int, VariantResult] = {}
-        for position, index in enumerate(order):
-            block = blocks[index]
-            known = self.finished.get((block.name, VARIANT))
+        for block in sorted(stage.blocks, key=lambda block: block.name != WHOLE):
             if block.skipped is not None:
-                done[index] = self._empty(block, block.skipped)
-            elif known is not None:
-                done[index] = self._known(block, known)
-            else:
-                done[index] = self._new(block, position + 1, len(blocks))
+                for variant in stage.variants:
+                    self._put(block, variant, self._empty(stage, block, block.skipped))
+                continue
             if block.name == WHOLE:
-                self._share_matrix(blocks, block, new=known is None)
-            if self.journal is not None and known is None and done[index]["skipped"] is None:
-                self.journal.add(self._finished(block, done[index]))
-        self.network.matrix = None
-        return tuple(
-            BlockResult(block.name, block.parameters, {VARIANT: done[index]})
-            for index, block in enumerate(blocks)
+                self._take_matrix_back(stage, block)
+            self._block(stage, block)
+        stage.network.matrix = None
+
+    def skip(
+        self,
+        blocks: Sequence[Block],
+        variants: Sequence[Variant],
+        reason: str,
+        *,
+        dtype: str,
+        same_function: bool,
+        failed: bool = False,
+    ) -> None:
+        """Rows of a network that cannot be made, and why.
+
+        Args:
+            blocks: Of the original.
+            variants: Of that network.
+            reason: Why not.
+            dtype: Of the products.
+            same_function: Whether the network would compute the original's.
+            failed: It ought to have been possible.
+        """
+        for block in blocks:
+            for variant in variants:
+                fields = skipped_fields() | _fixed(block, dtype, same_function=same_function)
+                told = {"skipped": block.skipped or " ".join(reason.split())}
+                self._put(block, variant, VariantResult(fields | told))
+                if failed and block.skipped is None:
+                    self.failed.append(row_label(block.name, variant.key))
+
+    def _block(self, stage: Stage, block: Block) -> None:
+        """The rows of one block, its network's own first, which the others are compared with."""
+        bare = Variant(stage.variants[0].network)
+        views = [variant for variant in stage.variants if variant.coordinates != RAW]
+        left = [variant for variant in views if not self._known(block, variant)]
+        listed = bare in stage.variants
+        if listed and self._known(block, bare) and not left:
+            return
+        row = Row(row_label(block.name, bare.key), self._step())
+        opened = Opened(stage.network, block, row)
+        if listed and (block.name, bare.key) not in self.done:
+            self._row(stage, opened, bare, lambda: (opened.solve(), None))
+            if block.name == WHOLE and not stage.network.changed:
+                self._keep_matrix(stage)
+            self._keep(block, bare)
+        elif not listed and left:
+            self._row(stage, opened, bare, lambda: (opened.solve(), None))
+        own = self.done.get((block.name, bare.key))
+        for variant in left:
+            if own is None or own["skipped"] is not None:
+                reason = "not computed" if own is None else str(own["skipped"])
+                self._put(block, variant, self._failed(stage, block, variant, reason))
+            else:
+                self._row(stage, opened, variant, self._viewed(opened, variant, own))
+                self._keep(block, variant)
+        if not listed:
+            self.done.pop((block.name, bare.key), None)
+
+    def _viewed(self, opened: Opened, variant: Variant, own: VariantResult) -> Computation:
+        """How the row of other coordinates is computed."""
+        decoupled = trained_decoupled(self.optimizer)
+
+        def compute() -> tuple[tuple[Solved, int], Built]:
+            spent = 0
+            if own["kappa"].status == "zero" or bool(opened.dead.all()):
+                built = Built(identity(opened.position))
+            else:
+                scene = opened.scene(own, self.optimizer, self.iterates, decoupled=decoupled)
+                built = MAKERS[variant.coordinates](scene)
+                spent = scene.product.count
+                _check_finite(built, opened)
+            own_decay = decoupled if built.decoupled is None else built.decoupled
+            built = replace(built, decoupled=own_decay)
+            row = Row(row_label(opened.block.name, variant.key), self._step())
+            solved, products = opened.solve_in(built, own, row, decoupled=own_decay)
+            return (solved, products + spent), built
+
+        return compute
+
+    def _row(self, stage: Stage, opened: Opened, variant: Variant, compute: Computation) -> None:
+        """One new row, whatever happens."""
+        block, network = opened.block, stage.network
+        label = row_label(block.name, variant.key)
+        if network.late():
+            limit = network.options.max_seconds
+            reason = f"not begun within --max-seconds {limit:g}"
+            self._put(block, variant, self._failed(stage, block, variant, reason))
+            return
+        started = time.perf_counter()
+        try:
+            (solved, products), built = compute()
+            solved = self._compared(opened, solved, built)
+            if built is None:
+                solved = self._with_symmetries(opened, solved)
+            solved.values["diagonal_gap"] = opened.diagonal_gap(solved, built)
+        except NotApplicable as reason:
+            self._put(block, variant, self._empty(stage, block, " ".join(str(reason).split())))
+        except FAILURES as error:
+            failed = self._failed(stage, block, variant, why(error))
+            self._put(block, variant, failed)
+        else:
+            seconds = time.perf_counter() - started
+            cost: dict[str, Value] = {"products": products, "seconds": seconds}
+            fixed = self._fixed(stage, block)
+            values = fixed | _of(built) | solved.values | cost
+            self._put(block, variant, VariantResult(values, solved.spectrum, solved.rows))
+        self.timings[label] = time.perf_counter() - started
+        self.engines[label] = opened.engine_name
+
+    def _known(self, block: Block, variant: Variant) -> bool:
+        """Whether the row was finished before; it is taken over then."""
+        known = self.finished.get((block.name, variant.key))
+        if known is None:
+            return False
+        label = row_label(block.name, variant.key)
+        self._put(block, variant, known.result)
+        self.timings[label] = known.seconds
+        if known.engine is not None:
+            self.engines[label] = known.engine
+        return True
+
+    def _keep(self, block: Block, variant: Variant) -> None:
+        result = self.done[block.name, variant.key]
+        if self.journal is None or result["skipped"] is not None:
+            return
+        label = row_label(block.name, variant.key)
+        self.journal.add(
+            Finished(
+                BlockResult(block.name, block.parameters, {variant.key: result}),
+                variant.key,
+                self.engines.get(label),
+                self.timings[label],
+                self.max_seconds,
+            )
         )
 
-    def _known(self, block: Block, known: Finished) -> VariantResult:
-        self.timings[block.name] = known.seconds
-        if known.engine is not None:
-            self.engines[block.name] = known.engine
-        return known.result
+    def _take_matrix_back(self, stage: Stage, whole: Block) -> None:
+        """What was assembled before an interruption, where its own row is finished."""
+        network = stage.network
+        finished = (whole.name, RAW) in self.finished
+        if self.journal is None or network.changed or not finished or not self._left(stage):
+            return
+        matrix = self.journal.load_matrix(whole.size)
+        if matrix is not None:
+            device = network.named[whole.parameters[0]].device
+            network.take_matrix(whole, torch.from_numpy(matrix).to(device))
 
-    def _share_matrix(self, blocks: Sequence[Block], whole: Block, *, new: bool) -> None:
-        """Keep the assembled matrix while layers are left, or take it back.
+    def _keep_matrix(self, stage: Stage) -> None:
+        """Keep the assembled matrix while rows are left.
 
         It is kept before the row of ``whole`` is: a layer that is assembled again differs by
         rounding.
         """
-        left = any(
-            block.skipped is None and (block.name, VARIANT) not in self.finished
-            for block in blocks
-            if block.name != WHOLE
-        )
-        if self.journal is None or not left:
-            return
-        if not new:
-            matrix = self.journal.load_matrix(whole.size)
-            if matrix is not None:
-                device = self.network.named[whole.parameters[0]].device
-                self.network.take_matrix(whole, torch.from_numpy(matrix).to(device))
-        elif self.network.matrix is not None and whole.name not in self.failed:
-            self.journal.keep_matrix(self.network.matrix.cpu().numpy())
+        matrix = stage.network.matrix
+        if self.journal is not None and matrix is not None and self._left(stage):
+            self.journal.keep_matrix(matrix.cpu().numpy())
 
-    def _new(self, block: Block, index: int, count: int) -> VariantResult:
-        deadline = self.network.deadline
-        if deadline is not None and time.monotonic() >= deadline:
-            limit = self.network.options.max_seconds
-            return self._failed(block, f"not begun within --max-seconds {limit:g}")
-        started = time.perf_counter()
-        try:
-            solved, products = self.network.solve(block, index, count, self.engines)
-            solved = self._compared(block, solved)
-        except OutOfTime as error:
-            return self._failed(block, str(error))
-        except FAILURES as error:
-            reason = " ".join(f"failed: {type(error).__name__}: {error}".split())
-            if is_out_of_memory(error):
-                reason = "failed: out of memory; lower --exact-limit or --memory-budget"
-            return self._failed(block, reason)
-        finally:
-            self.timings[block.name] = time.perf_counter() - started
-        cost: dict[str, Value] = {"products": products, "seconds": self.timings[block.name]}
-        return VariantResult(
-            self._fixed(block) | solved.values | cost, solved.spectrum, solved.rows
+    def _left(self, stage: Stage) -> bool:
+        """Whether rows besides that of ``whole`` itself are not finished."""
+        return any(
+            (block.name, variant.key) not in self.finished
+            for block in stage.blocks
+            for variant in stage.variants
+            if block.skipped is None and (block.name, variant.key) != (WHOLE, RAW)
         )
 
-    def _compared(self, block: Block, solved: Solved) -> Solved:
+    def _compared(self, opened: Opened, solved: Solved, built: Built | None) -> Solved:
         """``solved`` with the ratio of the halves of the data, which costs no row its numbers."""
         notes = [str(note) for note in solved.values["notes"]]  # type: ignore[union-attr]
         if CUT_SHORT in notes:
-            ratio = Quantity.unresolved() if self.network.halves else Quantity.absent()
+            ratio = Quantity.unresolved() if opened.network.halves else Quantity.absent()
         else:
             try:
-                ratio = self.network.half_ratio(block, solved)
+                ratio = opened.half_ratio(solved, built)
             except FAILURES as error:
                 ratio = Quantity.unresolved()
                 notes.append(f"its half_ratio failed: {' '.join(str(error).split())}")
+        notes += [] if built is None else [*built.notes]
         values = solved.values | {"half_ratio": ratio, "notes": notes}
         return Solved(values, solved.spectrum, solved.rows)
 
-    def _finished(self, block: Block, result: VariantResult) -> Finished:
-        return Finished(
-            BlockResult(block.name, block.parameters, {VARIANT: result}),
-            VARIANT,
-            self.engines.get(block.name),
-            self.timings[block.name],
-            self.network.options.max_seconds,
-        )
+    def _with_symmetries(self, opened: Opened, solved: Solved) -> Solved:
+        """``solved`` with the symmetries of the loss in this block; they cost it no numbers."""
+        scene = opened.scene(VariantResult(solved.values, solved.spectrum, solved.rows))
+        notes = list(solved.values["notes"])  # type: ignore[arg-type]
+        found: list[str] = []
+        try:
+            found = find_symmetries(scene, opened.loss_gradient)
+        except FAILURES as error:
+            notes.append(f"symmetries were not looked for: {' '.join(str(error).split())}")
+        values = solved.values | {"symmetries": found, "notes": notes}
+        return Solved(values, solved.spectrum, solved.rows)
 
-    def _failed(self, block: Block, reason: str) -> VariantResult:
-        self.failed.append(block.name)
-        return self._empty(block, reason)
+    def _failed(self, stage: Stage, block: Block, variant: Variant, reason: str) -> VariantResult:
+        self.failed.append(row_label(block.name, variant.key))
+        return self._empty(stage, block, reason)
 
-    def _empty(self, block: Block, reason: str) -> VariantResult:
+    def _empty(self, stage: Stage, block: Block, reason: str) -> VariantResult:
         """A row without numbers."""
-        return VariantResult(skipped_fields() | self._fixed(block) | {"skipped": reason})
+        return VariantResult(skipped_fields() | self._fixed(stage, block) | {"skipped": reason})
 
-    def _fixed(self, block: Block) -> dict[str, Value]:
-        """The fields that no computation changes."""
-        return {
-            "size": block.size,
-            "skipped": None,
-            "same_function": True,
-            "dtype": self.network.options.dtype,
-            "products": 0,
-            "seconds": 0.0,
-            "half_ratio": Quantity.absent(),
-            "diagonal_gap": Quantity.absent(),
-            "source": None,
-            "optimizer_class": None,
-            "zero_state": 0,
-            "symmetries": [],
-            "off_diagonality": None,
-        }
+    def _fixed(self, stage: Stage, block: Block) -> dict[str, Value]:
+        return _fixed(block, stage.network.options.dtype, same_function=stage.same_function)
+
+    def _put(self, block: Block, variant: Variant, result: VariantResult) -> None:
+        self.done[block.name, variant.key] = result
+
+    def _step(self) -> tuple[int, int]:
+        """The place of the next row in the order of work, and the number of rows."""
+        place = len(self.done) + 1
+        return place, max(self.count, place)
+
+
+def _fixed(block: Block, dtype: str, *, same_function: bool) -> dict[str, Value]:
+    """The fields that no computation changes."""
+    return {
+        "size": block.size,
+        "skipped": None,
+        "same_function": same_function,
+        "dtype": dtype,
+        "products": 0,
+        "seconds": 0.0,
+        "half_ratio": Quantity.absent(),
+        "diagonal_gap": Quantity.absent(),
+        "symmetries": [],
+        **_of(None),
+    }
+
+
+def _of(built: Built | None) -> dict[str, Value]:
+    """The fields that tell what the coordinates were made from."""
+    return {
+        "source": None if built is None else built.source,
+        "optimizer_class": None if built is None else built.optimizer_class,
+        "zero_state": 0 if built is None else built.zero_state,
+        "off_diagonality": None if built is None else built.off_diagonality,
+    }
+
+
+def why(error: BaseException) -> str:
+    """Why a row has no numbers, on one line."""
+    if isinstance(error, OutOfTime):
+        return str(error)
+    if is_out_of_memory(error):
+        return "failed: out of memory; lower --exact-limit or --memory-budget"
+    return " ".join(f"failed: {type(error).__name__}: {error}".split())
+
+
+def _check_finite(built: Built, opened: Opened) -> None:
+    """Refuse coordinates that are not finite.
+
+    Raises:
+        ArithmeticError: They are not.
+    """
+    ones = torch.ones_like(opened.position)
+    coordinates = built.coordinates
+    sides = (coordinates.apply(ones), coordinates.transposed(ones), coordinates.inverse(ones))
+    if not all(bool(torch.isfinite(side).all()) for side in sides):
+        raise ArithmeticError(
+            "the preconditioner leaves the range of floating point; "
+            "multiply the loss by a constant that brings its gradients near 1"
+        )

@@ -25,6 +25,11 @@ THRESHOLDS = tuple(f"1e-{k:02d}" for k in range(1, 13))
 HORIZONS = ("1", "10", "100", "1000")
 
 
+def row_label(block: str, variant: str) -> str:
+    """How records and messages call a row: of raw, by its block alone."""
+    return block if variant == "raw" else f"{block} [{variant}]"
+
+
 @dataclass(frozen=True, repr=False)
 class VariantResult:
     """What was found for one block under one variant.

@@ -48,8 +48,12 @@ def analyze(
     ] = False,
     force: Annotated[bool, Option("--force", help="Overwrite another run at the output.")] = False,
     variants: Annotated[
-        str, Option(help="Views of the problem, comma-separated; this release knows raw.")
-    ] = "raw",
+        str | None,
+        Option(
+            help="Views of the problem, comma-separated: network, coordinates or "
+            "network+coordinates (default: raw,optimizer,bnp)."
+        ),
+    ] = None,
     blocks: Annotated[
         str, Option(help="layer, parameter, whole, GLOB or NAME=GLOB, comma-separated.")
     ] = "layer",
@@ -88,6 +92,14 @@ def analyze(
     max_examples: Annotated[int | None, Option(help="Analyse N rows, drawn with the seed.")] = None,
     weight_decay: Annotated[float, Option(help="λ added to the Hessian's diagonal.")] = 0.0,
     damping: Annotated[float | None, Option(help="Absolute μ of kappa_damped.")] = None,
+    iterates: Annotated[
+        str | None,
+        Option(metavar="GLOB", help="Checkpoints along a training: cosines, replayed optimizers."),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        Option(metavar="CKPT", help="Point p* of the cosines (default: the analysed one)."),
+    ] = None,
     engine: Annotated[
         str, Option(metavar="auto|kept|recompute", help="auto, kept or recompute.")
     ] = "auto",
@@ -125,6 +137,8 @@ def analyze(
         "max_examples": max_examples,
         "weight_decay": weight_decay,
         "damping": damping,
+        "iterates": iterates,
+        "reference": reference,
         "engine": engine,
         "memory_budget": memory_budget,
     }

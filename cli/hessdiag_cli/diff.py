@@ -18,8 +18,9 @@ def diff(
         str | None, Option("--block", help="Every quantity of this block.", metavar="NAME")
     ] = None,
     variant: Annotated[
-        str, Option("--variant", help="Compare this variant; --json holds all.", metavar="V")
-    ] = "raw",
+        str | None,
+        Option("--variant", help="Compare this variant alone; --json holds all.", metavar="V"),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -35,7 +36,8 @@ def diff(
     from hessdiag.tables import diff_table
 
     found = compare(open_run(first), open_run(second))
-    _check("variant", variant, [pair.variant for pair in found.pairs])
+    if variant is not None:
+        _check("variant", variant, [pair.variant for pair in found.pairs])
     if block is not None:
         _check("block", block, [pair.block for pair in found.pairs])
     if json:

@@ -42,6 +42,7 @@ def inspect(
         bool,
         Option("--estimate", help="Predict what analyze takes; this runs the task's code."),
     ] = False,
+    variants: Annotated[str | None, Option(help="With --estimate, as for analyze.")] = None,
     blocks: Annotated[str | None, Option(help="With --estimate, as for analyze.")] = None,
     curvature: Annotated[str | None, Option(metavar="hessian|ggn", help="With --estimate.")] = None,
     exact_limit: Annotated[int | None, Option(help="With --estimate.")] = None,
@@ -75,6 +76,7 @@ def inspect(
     from hessdiag_cli.resolution import find_task, look_for_task
 
     given: dict[str, Any] = {
+        "variants": variants,
         "blocks": blocks,
         "curvature": curvature,
         "exact_limit": exact_limit,

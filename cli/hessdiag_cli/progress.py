@@ -57,7 +57,7 @@ def _bar() -> Iterator[Callable[[Event], None]]:
             if event.block not in shown:
                 for previous in shown.values():
                     display.update(previous, visible=False)
-                label = f"block {event.index}/{event.count}  {printable(event.block)}"
+                label = f"row {event.index}/{event.count}  {printable(event.block)}"
                 shown[event.block] = display.add_task(label, total=event.total)
             display.update(shown[event.block], completed=event.done)
 
@@ -87,7 +87,7 @@ class _Lines:
             self._print(self._line(event) + tail, now)
 
     def _line(self, event: Event) -> str:
-        where = f"block {event.index}/{event.count} {printable(event.block)}"
+        where = f"row {event.index}/{event.count} {printable(event.block)}"
         return f"{where}: {event.done} of {event.total} products"
 
     def _print(self, text: str, now: float) -> None:

@@ -16,6 +16,10 @@ def show(
     variant: Annotated[
         str | None, Option("--variant", help="Show this variant; by default raw, all with --json.")
     ] = None,
+    hidden: Annotated[
+        str | None,
+        Option("--hidden", metavar="LAYER", help="Show H_e: why this layer is ill-conditioned."),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -23,7 +27,7 @@ def show(
 ) -> None:
     """Print the table of a stored run; of an unfinished one, what is done so far.
 
-    Example: hessdiag show model.h5
+    Example: hessdiag show model.h5 --hidden encoder.0
     """
     import difflib
 
@@ -38,14 +42,22 @@ def show(
         raise OptionError(
             f"{run} has no variant {variant!r}; {hint}it has: {', '.join(found.variants)}"
         )
-    if json:
+    if hidden is not None and json:
+        raise OptionError(
+            "--hidden prints a table only: H_e is in the run file under /hidden and /neurons; "
+            "leave out --json, or read it with h5py"
+        )
+    if hidden is not None:
+        from hessdiag.tables.hidden import hidden_table
+
+        width, color = console.width(), console.color()
+        console.emit(hidden_table(found, hidden, variant=variant, width=width, color=color))
+    elif json:
         import dataclasses
 
         kept = found.variants if variant is None else (variant,)
         console.emit(dataclasses.replace(found, variants=kept).to_json())
     else:
         console.emit(
-            summary_table(
-                found, variant=variant or "raw", width=console.width(), color=console.color()
-            )
+            summary_table(found, variant=variant, width=console.width(), color=console.color())
         )

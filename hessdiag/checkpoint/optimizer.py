@@ -32,7 +32,10 @@ _MARKS = (
     ("etas", "Rprop"),
     ("beta2_decay", "Adafactor"),
     ("ns_steps", "Muon"),
+    ("history_size", "LBFGS"),
 )
+
+_DECOUPLED = "decoupled_weight_decay"
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def map_optimizer(
         class_name = _class_from(groups, raw["state"])
         own = _build(make_optimizer, model) if make_optimizer is not None else None
         if own is not None:
-            class_name = _agreed_class(class_name, own)
+            class_name = _agreed_class(class_name, groups, own)
         slots, mapped_by = _slots(stored, model, own)
         state, group_of = _assign(raw["state"], stored, slots, model)
     except _UnmappableError as reason:
@@ -162,13 +165,30 @@ def _check_alike(own: torch.optim.Optimizer, stored: list[Mapping[str, Any]]) ->
         raise _UnmappableError(
             f"the task's optimizer has groups of {here} parameters and the file of {there}"
         )
-    decay_here = [group.get("weight_decay") for group in own.param_groups]
-    decay_there = [group.get("weight_decay") for group in stored]
-    if decay_here != decay_there and sorted(map(str, decay_here)) == sorted(map(str, decay_there)):
-        raise _UnmappableError(
-            f"the task's optimizer has groups with weight decay {decay_here} and the file "
-            f"{decay_there}: they come in another order"
-        )
+    for key in sorted(own.param_groups[0].keys() & stored[0].keys() - {"params", "param_names"}):
+        # A schedule changes the rates; the first ones stay under another key.
+        first = "initial_lr" if key == "lr" and "initial_lr" in stored[0] else key
+        mine, theirs = _ranks(own.param_groups, key), _ranks(stored, first)
+        if mine and theirs and mine != theirs:
+            label = key.replace("weight_decay", "weight decay")
+            raise _UnmappableError(
+                f"the task's optimizer has groups with {label} "
+                f"{[group[key] for group in own.param_groups]} and the file "
+                f"{[group[first] for group in stored]}: they come in another order"
+            )
+
+
+def _ranks(groups: Sequence[Mapping[str, Any]], key: str) -> list[int] | None:
+    """How a hyperparameter orders the groups, equal ones alike; None where it tells nothing."""
+    try:
+        values = [
+            tuple(map(float, value)) if isinstance(value, list | tuple) else (float(value),)
+            for value in (group[key] for group in groups)
+        ]
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        return None
+    distinct = sorted(set(values))
+    return [distinct.index(value) for value in values] if len(distinct) > 1 else None
 
 
 def _places(own: torch.optim.Optimizer, model: nn.Module) -> Slots:
@@ -230,12 +250,14 @@ def _class_from(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -
             return class_name
     if "amsgrad" in first and "betas" in first:
         # Older releases wrote the same for Adam and AdamW.
-        decoupled = first.get("decoupled_weight_decay")
+        decoupled = first.get(_DECOUPLED)
         return None if decoupled is None else "AdamW" if decoupled else "Adam"
     if "betas" in first and any("exp_inf" in held for held in state.values()):
         return "Adamax"
-    if "betas" in first and "decoupled_weight_decay" in first:
+    if "betas" in first and _DECOUPLED in first:
         return "RAdam"
+    if "betas" in first and "weight_decay" not in first:
+        return "SparseAdam"
     return None
 
 
@@ -247,12 +269,31 @@ def optimizer_class(raw: Mapping[str, Any]) -> str | None:
         return None
 
 
-def _agreed_class(stored: str | None, own: torch.optim.Optimizer) -> str:
+def _agreed_class(
+    stored: str | None, groups: Sequence[Mapping[str, Any]], own: torch.optim.Optimizer
+) -> str:
     """The task's class; refused if torch's own classes tell that the file is of another."""
-    mine = type(own).__name__
-    if stored is not None and stored != mine and type(own).__module__.startswith("torch.optim"):
-        raise _UnmappableError(f"the task's optimizer is {mine} and the state that of {stored}")
-    return mine
+    mine = _class_of(own)
+    if stored is None or stored == mine or not _torch_steps(own):
+        return mine
+    flags = [group.get(_DECOUPLED) for group in (own.param_groups[0], groups[0])]
+    if {stored, mine} == {"Adam", "AdamW"} and flags[0] == flags[1]:
+        return stored  # Adam(decoupled_weight_decay=True) is AdamW
+    raise _UnmappableError(f"the task's optimizer is {mine} and the state that of {stored}")
+
+
+def _torch_steps(own: torch.optim.Optimizer) -> bool:
+    """Whether ``step()`` is torch's, also where a class derived from torch's has another name."""
+    return type(own).step.__module__.startswith("torch.optim")
+
+
+def _class_of(own: torch.optim.Optimizer) -> str:
+    """The class of torch.optim that steps, or another's name, never one that torch's has too."""
+    kind = type(own)
+    if _torch_steps(own):
+        return next(c.__name__ for c in kind.__mro__ if c.__module__.startswith("torch.optim"))
+    name = kind.__name__
+    return f"{kind.__module__}.{name}" if hasattr(torch.optim, name) else name
 
 
 def _build(make_optimizer: MakeOptimizer, model: nn.Module) -> torch.optim.Optimizer:

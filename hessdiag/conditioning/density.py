@@ -34,12 +34,16 @@ class DensityFields:
     note: str
 
 
-def density_fields(quadrature: Quadrature, spectrum: RitzSpectrum) -> DensityFields:
+def density_fields(
+    quadrature: Quadrature, spectrum: RitzSpectrum, *, positive: Quantity | None = None
+) -> DensityFields:
     """Every field that the spectral density resolves; what is missing is known better without.
 
     Args:
         quadrature: Of the block, from probes that are independent of ``spectrum``.
         spectrum: The ends of the block's spectrum, and its zero tolerance τ.
+        positive: How many eigenvalues a congruent matrix has above its τ; κ_q then counts those,
+            so that it compares with that matrix's. None counts the block's own.
     Returns:
         Estimates at a confidence of 0.95 that holds both errors: of the probes, by the law of
         their shares, and of the Lanczos runs, by the Chebyshev–Markov–Stieltjes inequalities. The
@@ -54,7 +58,10 @@ def density_fields(quadrature: Quadrature, spectrum: RitzSpectrum) -> DensityFie
         values |= _counts(quadrature, spectrum)
     note = f"density from {len(quadrature.runs)} probes of {quadrature.steps} steps"
     if end_of(spectrum.top.high) > 0:
-        quantiles, errors = _kappa_quantiles(quadrature, spectrum)
+        if positive is None or positive.value is None or spectrum.positive_floor is not None:
+            quantiles, errors = _kappa_quantiles(quadrature, spectrum)
+        else:
+            quantiles, errors = _shared_quantiles(quadrature, spectrum, positive)
         values["kappa_quantile"] = quantiles
         note = f"{note}; {errors}"
     grid = quadrature.grid()
@@ -211,13 +218,49 @@ def _kappa_quantiles(
     return fields, "kappa_quantile " + ", ".join(errors)
 
 
-def _kappa(spectrum: RitzSpectrum, least: Span, value: float) -> Quantity:
+def _shared_quantiles(
+    quadrature: Quadrature, spectrum: RitzSpectrum, positive: Quantity
+) -> tuple[dict[str, Quantity], str]:
+    """κ_q at the ranks ⌈q n₊⌉, the number n₊ being that of a congruent matrix.
+
+    Its interval and the quadrature's may both fail, so that the level is lower by its.
+    """
+    size, rounding = quadrature.n, spectrum.rounding
+    failed = 1.0 - end_of(positive.confidence)
+    own = CONFIDENCE + spectrum.failure
+    fields: dict[str, Quantity] = {}
+    errors: list[str] = []
+    for name in QUANTILES:
+        least, middle, most = (
+            quantile(
+                quadrature,
+                (min(max(math.ceil(float(name) * end_of(count)), 1), size) - 0.5) / size,
+                base=-math.inf,
+                least=size,
+                slack=rounding,
+                confidence=own,
+            )
+            for count in (positive.low, positive.value, positive.high)
+        )
+        span = Span(most.span.low, least.span.high)
+        if span.low <= spectrum.tolerance:
+            fields[name] = Quantity.unresolved()
+            errors.append(f"{name}: its eigenvalue is below the resolution")
+            continue
+        fields[name] = _kappa(spectrum, span, middle.value, confidence=CONFIDENCE - failed)
+        errors.append(f"{name}: {_errors(middle, span.low)}")
+    return fields, "kappa_quantile at the ranks of raw " + ", ".join(errors)
+
+
+def _kappa(
+    spectrum: RitzSpectrum, least: Span, value: float, *, confidence: float = CONFIDENCE
+) -> Quantity:
     """``l_1`` over an eigenvalue in a span of positive ends."""
     top = spectrum.top
     low = max(end_of(top.low) / min(least.high, max(end_of(top.high), least.low)), 1.0)
     high = max(end_of(top.high) / least.low, low)
     middle = end_of(top.value) / value if value > 0 else high
-    return Quantity.estimate(min(max(middle, low), high), low, high, CONFIDENCE)
+    return Quantity.estimate(min(max(middle, low), high), low, high, confidence)
 
 
 def _errors(found: Quantile, floor: float) -> str:

@@ -15,7 +15,7 @@ from hessdiag.curvature.engines import BUILD, Recompute
 from hessdiag.curvature.objective import Objective, only
 from hessdiag.names import clean_name
 from hessdiag.options import Curvature
-from hessdiag_probes.types import Vector
+from hessdiag_probes.types import Matvec, Vector
 
 _INTEGER = {torch.float64: torch.int64, torch.float32: torch.int32}
 _TINY = torch.finfo(torch.float32).tiny
@@ -129,6 +129,7 @@ def noise_of(
     curvature: Curvature,
     *,
     narrow: bool = False,
+    view: Callable[[Matvec], Matvec] | None = None,
 ) -> Callable[[Vector], Vector]:
     """``v -> (C v in narrower arithmetic) - (C v)``, scaled to the working precision.
 
@@ -137,15 +138,18 @@ def noise_of(
         parameters: Of the block, (n,) values in all.
         curvature: Whose products.
         narrow: The model itself casts to a narrower type, so its errors are not scaled down.
+        view: Makes of the product one in other coordinates, whose error is meant then.
     Cost:
         Three recomputed products per call, one of them with every operation done twice.
     Source:
         maths 0.6; see :class:`Rounded`.
     """
-    engine = Recompute(objective, parameters, BUILD[curvature])
+    product: Matvec = Recompute(objective, parameters, BUILD[curvature])
+    if view is not None:
+        product = view(product)
 
     def error(vector: Vector) -> Vector:
-        return _errors(lambda: engine(vector), parameters[0].dtype, narrow=narrow)
+        return _errors(lambda: product(vector), parameters[0].dtype, narrow=narrow)
 
     return error
 

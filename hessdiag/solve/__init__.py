@@ -1,8 +1,8 @@
 """One block, by its matrix or its product, to the fields of its row."""
 
 from hessdiag.solve.budget import Budget, fitted
-from hessdiag.solve.exact import solve_exact
-from hessdiag.solve.matrix_free import solve_matrix_free
+from hessdiag.solve.exact import positive_floor, solve_exact, without_noise
+from hessdiag.solve.matrix_free import dead_rows, solve_matrix_free
 from hessdiag.solve.problem import Noise, Problem, Solved, measure_noise, skipped_fields
 
 __all__ = [
@@ -10,9 +10,12 @@ __all__ = [
     "Noise",
     "Problem",
     "Solved",
+    "dead_rows",
     "fitted",
     "measure_noise",
+    "positive_floor",
     "skipped_fields",
     "solve_exact",
     "solve_matrix_free",
+    "without_noise",
 ]

@@ -75,9 +75,10 @@ def _problem(size: int, device: torch.device) -> Problem:
         gradient=ones,
         position=ones,
         loss=1.0,
+        attainable=1.0,
         noise=Noise(torch.zeros_like, 0.0, torch.zeros_like(ones), ones, 0.0),
         eps=torch.finfo(torch.float64).eps,
-        weight_decay=0.0,
+        shift=0.0,
         damping=None,
         seed=0,
     )

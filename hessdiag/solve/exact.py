@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hessdiag.conditioning.diagonal import diagonal_floor
 from hessdiag.conditioning.forecast import gd_forecast
 from hessdiag.conditioning.kappa import exact_quantities, rates
 from hessdiag.conditioning.spectrum import (
     ROUNDING_SHARE,
     ExactSpectrum,
+    Inertia,
     count_inertia,
     zero_tolerance,
 )
@@ -42,15 +44,18 @@ def solve_exact(matrix: Tensor, problem: Problem) -> Solved:
     """All eigenvalues of an assembled block, and every field that follows from them.
 
     Args:
-        matrix: Symmetric, (n, n), without weight decay.
-        problem: The block.
+        matrix: Symmetric, (n, n), without the problem's shift.
+        problem: The block, in the coordinates of the matrix.
     Cost:
         Two or three dense eigenproblems, O(n³); two more products for the equilibrated noise.
     Source:
         maths 1.1–1.5; huge range by 1.6 (iv).
     """
-    matrix, inactive, doubt = _without_noise(matrix, problem.noise)
-    matrix.diagonal().add_(problem.weight_decay)
+    cleaned = without_noise(matrix, problem.noise)
+    matrix, inactive, doubt = cleaned.matrix, cleaned.dead, cleaned.doubt
+    if problem.doubt is not None:
+        doubt = torch.hypot(doubt, problem.doubt.to(doubt))
+    matrix.diagonal().add_(problem.shift)
     norms = matrix.norm(dim=1)
     values = common_fields(problem, int(inactive.sum()), "exact")
     if not bool((norms > 0).any()):
@@ -61,9 +66,9 @@ def solve_exact(matrix: Tensor, problem: Problem) -> Solved:
         return Solved(values | fields, nothing, _rows(matrix, problem, doubt))
     live = norms > 0
     active = matrix[live][:, live]
-    spectrum, vector = _decompose(active, live, problem)
+    spectrum, vector, seen = _decompose(active, live, problem)
     full, order = _with_zeros(_doubted(spectrum, doubt), matrix, float(doubt.norm()))
-    gradient = problem.full_gradient.to(vector)
+    gradient = problem.gradient.to(vector)
     coefficient = torch.cat([vector.T @ gradient[live], gradient[~live]])[order]
     values |= exact_quantities(full, eps=problem.eps, damping=problem.damping)
     values |= gd_forecast(
@@ -73,32 +78,63 @@ def solve_exact(matrix: Tensor, problem: Problem) -> Solved:
         tolerance=full.tolerance,
         resolved=full.resolved,
         gradient_error=problem.noise.gradient,
-        loss=problem.full_loss,
+        loss=problem.attainable,
     )
     kappa = values["kappa"]
     if isinstance(kappa, Quantity):
         values |= rates(kappa)
     values["gd_rate_applies"] = _rate_applies(full, problem)
-    values["notes"] = _notes(full)
+    values["notes"] = [*_notes(full), *_disagreement(seen, problem.inertia)]
     arrays = {"eigenvalue": full.value} | _extremes(full, vector, live)
     return Solved(values, arrays, _rows(matrix, problem, doubt))
 
 
-def _without_noise(matrix: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Vector]:
-    """The matrix with its noise rows and columns zeroed, which they are, and what that may cost.
+@dataclass(frozen=True)
+class Cleaned:
+    """A block's matrix without the rows that are rounding noise.
 
-    A row of some hundred times its own noise is zeroed though it may be real: its norm is the
-    doubt of that row, (n,); 0 for all others.
+    Attributes:
+        matrix: Those rows and columns zeroed, (n, n).
+        dead: Which, (n,).
+        doubt: Norms of the zeroed rows of some hundred times their own noise, which may be real,
+            (n,); 0 for all others.
     """
+
+    matrix: Tensor
+    dead: Tensor
+    doubt: Vector
+
+
+def without_noise(matrix: Tensor, noise: Noise) -> Cleaned:
+    """The matrix with its noise rows and columns zeroed, which they are (maths 0.6)."""
     norms = matrix.norm(dim=1)
-    inactive = norms <= ROW_FACTOR * noise.rows.to(norms)
+    dead = norms <= ROW_FACTOR * noise.rows.to(norms)
     if float(norms.norm()) <= ROW_FACTOR * noise.block * math.sqrt(len(norms)):
-        inactive = torch.ones_like(inactive)
+        dead = torch.ones_like(dead)
     clean = matrix.clone()
-    clean[inactive] = 0.0
-    clean[:, inactive] = 0.0
-    real = inactive & (norms > DOUBT_FACTOR * noise.rows.to(norms).clamp_min(noise.block))
-    return clean, inactive, torch.where(real, norms, torch.zeros_like(norms))
+    clean[dead] = 0.0
+    clean[:, dead] = 0.0
+    real = dead & (norms > DOUBT_FACTOR * noise.rows.to(norms).clamp_min(noise.block))
+    return Cleaned(clean, dead, torch.where(real, norms, torch.zeros_like(norms)))
+
+
+def positive_floor(matrix: Tensor, problem: Problem) -> float | None:
+    """What no diagonal brings κ of a cleaned positive definite matrix below, or None.
+
+    Args:
+        matrix: H, symmetric, (n, n), weight decay included.
+        problem: The block, raw.
+    Cost:
+        The eigenvalues of a dense matrix and one measurement of noise.
+    """
+    live = (matrix != 0).any(dim=1)
+    diagonal = matrix.diagonal()[live]
+    if not bool(live.any()) or not bool((diagonal > 0).all()):
+        return None
+    entry = _scaled_noise(problem, live, diagonal.rsqrt(), "relative")
+    return diagonal_floor(
+        matrix, entry_error=4 * problem.eps + 10 * entry / math.sqrt(int(live.sum()))
+    )
 
 
 def _doubted(spectrum: ExactSpectrum, doubt: Vector) -> ExactSpectrum:
@@ -121,7 +157,10 @@ def _doubted(spectrum: ExactSpectrum, doubt: Vector) -> ExactSpectrum:
     )
 
 
-def _decompose(active: Tensor, live: Tensor, problem: Problem) -> tuple[ExactSpectrum, Tensor]:
+def _decompose(
+    active: Tensor, live: Tensor, problem: Problem
+) -> tuple[ExactSpectrum, Tensor, Inertia]:
+    """The spectrum of the live rows, its eigenvectors, and the inertia that they show."""
     size = active.shape[0]
     balanced = equilibrate(active)
     noise = _scaled_noise(problem, live, balanced.scale, "equilibrated")
@@ -129,9 +168,10 @@ def _decompose(active: Tensor, live: Tensor, problem: Problem) -> tuple[ExactSpe
     norm = float(signs.abs().max())
     # Narrower products have no entry right enough for a huge range to mean anything (maths 0.3).
     narrow = problem.eps > torch.finfo(torch.float64).eps
-    inertia = count_inertia(
+    own = count_inertia(
         signs.cpu().numpy(), zero_tolerance(norm, size, problem.eps, noise), narrow=narrow
     )
+    inertia = own if problem.inertia is None else problem.inertia
     found = eigh(active)
     value, vector = found.value, found.vector
     tolerance = zero_tolerance(float(value.abs().max()), size, problem.eps, problem.noise.block)
@@ -161,6 +201,7 @@ def _decompose(active: Tensor, live: Tensor, problem: Problem) -> tuple[ExactSpe
             noise=problem.noise.block,
         ),
         vector,
+        own,
     )
 
 
@@ -203,7 +244,7 @@ def _rate_applies(spectrum: ExactSpectrum, problem: Problem) -> bool:
     """Positive semidefinite as far as is known, and near enough to a stationary point."""
     if spectrum.inertia.negative_high > 0 or spectrum.inertia.positive == 0:
         return False
-    step = float(problem.full_gradient.norm()) / spectrum.norm
+    step = float(problem.gradient.norm()) / spectrum.norm
     return step <= SMALL_STEP * float(problem.position.norm())
 
 
@@ -218,6 +259,19 @@ def _notes(spectrum: ExactSpectrum) -> list[str]:
             "rescaling; kappa is a lower bound"
         )
     return notes
+
+
+def _disagreement(seen: Inertia, known: Inertia | None) -> list[str]:
+    """What the matrix's own count says against Sylvester's law: a matter of resolution only."""
+    if known is None or seen.ambiguous or known.ambiguous:
+        return []
+    if (seen.positive, seen.negative) == (known.positive, known.negative):
+        return []
+    return [
+        f"these coordinates resolve {seen.positive} positive and {seen.negative} negative "
+        f"eigenvalues, raw {known.positive} and {known.negative}: a congruence changes no sign, so "
+        "the smallest are not resolved here"
+    ]
 
 
 def _extremes(spectrum: ExactSpectrum, vector: Tensor, live: Tensor) -> dict[str, Array]:

@@ -25,6 +25,7 @@ from hessdiag.solve.problem import (
     ROW_FACTOR,
     SMALL_STEP,
     Array,
+    Noise,
     Problem,
     Solved,
     common_fields,
@@ -51,8 +52,8 @@ def solve_matrix_free(
     """Every field of a block from products alone.
 
     Args:
-        product: ``v -> H v`` without weight decay.
-        problem: The block.
+        product: ``v -> A v`` without the problem's shift.
+        problem: The block, in the coordinates of the products.
         budget: What it may cost. When the time is up, what is certified by then is kept.
     Returns:
         The row, and the number of products.
@@ -60,17 +61,19 @@ def solve_matrix_free(
         At most ``steps`` products for the ends, 20 for the forecast and ``probes``; 600 for the
         density. ``steps`` n numbers, or with power iteration a few n.
     """
-    dead, doubt = _dead_rows(problem)
+    dead, doubt = dead_rows(problem.noise)
+    if problem.doubt is not None:
+        doubt = math.hypot(doubt, math.sqrt(2) * float(problem.doubt.norm()))
     method = "power" if budget.power else "lanczos"
     values = common_fields(problem, int(dead.sum()), method)
-    if bool(dead.all()) and problem.weight_decay == 0 and doubt == 0:
+    if bool(dead.all()) and problem.shift == 0 and doubt == 0:
         return Solved(values | zero_fields(problem, dead.numel()), {}, {}), 0
     if bool(dead.all()) and doubt > 0:
         return Solved(values | drowned_fields(problem), {}, {}), 0
     alive = (~dead).to(problem.gradient)
 
     def shifted(vector: Vector) -> Vector:
-        return alive * product(alive * vector) + problem.weight_decay * vector
+        return alive * product(alive * vector) + problem.shift * vector
 
     matvec = CountedMatvec(shifted)
     spectrum, run = _ends(matvec, problem, budget, doubt)
@@ -115,9 +118,8 @@ def _kept_without_memory(what: str, notes: list[str]) -> Iterator[None]:
         notes.append(f"{what} is left out: out of memory")
 
 
-def _dead_rows(problem: Problem) -> tuple[torch.Tensor, float]:
+def dead_rows(noise: Noise) -> tuple[torch.Tensor, float]:
     """Which rows are noise, (n,), and what zeroing those that may be real can cost, 2-norm."""
-    noise = problem.noise
     dead = noise.seen <= ROW_FACTOR * noise.rows
     if float(noise.seen.norm()) <= ROW_FACTOR * noise.block * math.sqrt(dead.numel()):
         dead = torch.ones_like(dead)
@@ -140,7 +142,7 @@ def _ends(
 ) -> tuple[RitzSpectrum, Tridiagonal | None]:
     """Both ends of the spectrum from one start, and the Lanczos run if there was one."""
     size = problem.gradient.numel()
-    floor = problem.weight_decay if problem.semidefinite else None
+    floor = problem.floor
     run: Tridiagonal | None = None
     if budget.power:
         found = power_ends(
@@ -199,7 +201,7 @@ def _forecast(
     matvec: CountedMatvec, problem: Problem, budget: Budget, spectrum: RitzSpectrum
 ) -> dict[str, Value]:
     """From Lanczos started at the gradient, with the step that the certified norm allows."""
-    gradient = problem.full_gradient
+    gradient = problem.gradient
     size, reach = norm(gradient), spectrum.norm[1]
     if size == 0:
         return uniform_forecast(Quantity.exact(0.0))
@@ -217,7 +219,7 @@ def _forecast(
         tolerance=spectrum.tolerance,
         rounding=spectrum.rounding,
         gradient_error=problem.noise.gradient,
-        loss=problem.full_loss,
+        loss=problem.attainable,
         confidence=1.0 - 2 * FAILURE,
     )
 
@@ -263,7 +265,7 @@ def _density(
         device=like.device,
         stop=budget.over,
     )
-    return density_fields(quadrature, spectrum)
+    return density_fields(quadrature, spectrum, positive=problem.positive)
 
 
 def _rate_applies(spectrum: RitzSpectrum, problem: Problem) -> bool | None:
@@ -271,7 +273,7 @@ def _rate_applies(spectrum: RitzSpectrum, problem: Problem) -> bool | None:
     high = spectrum.bottom.high
     if high is not None and high < -spectrum.tolerance:
         return False
-    step = float(problem.full_gradient.norm()) / max(spectrum.norm[0], spectrum.tolerance)
+    step = float(problem.gradient.norm()) / max(spectrum.norm[0], spectrum.tolerance)
     if step > SMALL_STEP * float(problem.position.norm()):
         return False
     return True if spectrum.positive_floor is not None else None

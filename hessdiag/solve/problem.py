@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from hessdiag.conditioning.bounds import absent_quantities, unresolved_quantities, zero_quantities
 from hessdiag.conditioning.forecast import uniform_forecast
+from hessdiag.conditioning.spectrum import Inertia
 from hessdiag.quantity import Quantity
 from hessdiag.run import Value
 from hessdiag_probes.random import generator, rademacher
@@ -44,41 +45,40 @@ class Noise:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a block's fields are computed from, besides its matrix.
+    """What a block's fields are computed from, besides its matrix A = PᵀHP, in coordinates z.
 
     Attributes:
-        name: Of the block; with ``seed`` it fixes every random vector.
-        gradient: Of the loss alone, (n,).
-        position: The block's parameters, (n,).
+        name: Of the block and its variant; with ``seed`` it fixes every random vector.
+        gradient: By z, of the loss with its weight decay, (n,).
+        position: z = P⁻¹p, (n,).
         loss: Over the dataset, without weight decay.
+        attainable: The loss with the weight decay of the block: what steps can lower at most.
         noise: Of the products.
         eps: Unit roundoff of the products.
-        weight_decay: λ, added to the diagonal and to the gradient.
+        shift: Weight decay on the diagonal of A, which neither matrix nor products hold.
         damping: μ of ``kappa_damped``, or None.
-        semidefinite: The matrix without weight decay is known to have no negative eigenvalue.
         seed: Of the analysis.
+        floor: A lower bound on the eigenvalues of A + shift that its structure gives, or None.
+        inertia: Of A, where that of another congruent matrix is known; None counts A's own.
+        positive: Share of positive eigenvalues, where a congruent matrix's is known, or None.
+        doubt: What A lacks of rows that were zeroed in other coordinates though they may be
+            real: norms of its rows, (n,), or None.
     """
 
     name: str
     gradient: Vector
     position: Vector
     loss: float
+    attainable: float
     noise: Noise
     eps: float
-    weight_decay: float
+    shift: float
     damping: float | None
     seed: int
-    semidefinite: bool = False
-
-    @property
-    def full_gradient(self) -> Vector:
-        """Of the loss with its weight decay."""
-        return self.gradient + self.weight_decay * self.position
-
-    @property
-    def full_loss(self) -> float:
-        """With the weight decay of the block: what its steps can lower at most."""
-        return self.loss + 0.5 * self.weight_decay * float(self.position.square().sum())
+    floor: float | None = None
+    inertia: Inertia | None = None
+    positive: Quantity | None = None
+    doubt: Vector | None = None
 
 
 @dataclass(frozen=True)
@@ -98,21 +98,22 @@ def measure_noise(
     seed: int,
     name: str,
     gradient: float,
+    vectors: int = 2,
 ) -> Noise:
-    """ν of a block and of its rows, from two vectors of random signs and sizes in 1/2 … 3/2.
+    """ν of a block and of its rows, from vectors of random signs and sizes in 1/2 … 3/2.
 
     Plain signs would cancel in a live row such as (1, −1), half the time to exactly zero; normal
     numbers are too small for a row with one entry now and then.
 
     Cost:
-        Two products and two calls of ``error``.
+        As many products and calls of ``error`` as ``vectors``.
     """
     # In float64 whatever the products are, for squares leave the range of float32.
     rows = torch.zeros_like(like, dtype=torch.float64)
     seen = rows.clone()
     block = 0.0
-    for purpose in ("noise 1", "noise 2"):
-        source = generator(seed, name, purpose)
+    for index in range(vectors):
+        source = generator(seed, name, f"noise {index + 1}")
         sign = rademacher(like.numel(), generator=source)
         size = 0.5 + torch.rand(like.numel(), generator=source, dtype=torch.float64)
         vector = (sign * size).to(like)
@@ -128,7 +129,7 @@ def common_fields(problem: Problem, inactive: int, method: str) -> dict[str, Val
     return {
         "inactive": inactive,
         "loss": problem.loss,
-        "gradient_norm": float(problem.full_gradient.norm()),
+        "gradient_norm": float(problem.gradient.norm()),
         "method": method,
     }
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hessdiag.errors import StoreError
-from hessdiag.run import BlockResult, Provenance, Run
+from hessdiag.run import BlockResult, Provenance, Run, row_label
 from hessdiag.store.atomic import TEMPORARY, sync_folder
 from hessdiag.store.folder import (
     BLOCK,
@@ -341,8 +341,8 @@ def open_run(path: str | Path) -> Run:
         return read_run(path)
     header = read_header(folder)
     finished = _finished(folder, header)
-    engines = {name: done.engine for (name, _), done in finished.items()}
-    seconds = {name: done.seconds for (name, _), done in finished.items()}
+    engines = {row_label(*key): done.engine for key, done in finished.items()}
+    seconds = {row_label(*key): done.seconds for key, done in finished.items()}
     blocks = []
     for name in header.blocks:
         parts = [finished[name, v].block for v in header.variants if (name, v) in finished]

@@ -12,13 +12,16 @@ import h5py
 import numpy as np
 
 from hessdiag.errors import HessdiagError, OutOfResources, StoreError, UnknownSchema
-from hessdiag.run import BlockResult, Provenance, Run, VariantResult
+from hessdiag.run import BlockResult, HiddenResult, Provenance, Run, VariantResult
 from hessdiag.store.cells import NULL, decode
 from hessdiag.store.contained import check_contained
 from hessdiag.store.schema import (
     ARRAYS,
     AXES,
+    COSINES,
     FORMAT,
+    HIDDEN,
+    NEURONS,
     PARAMETERS,
     PROVENANCE,
     SUMMARY,
@@ -139,6 +142,8 @@ def read_run(path: str | Path) -> Run:
             provenance=_provenance(file["provenance"]),
             created_at=str(file.attrs["created_at"]),
             hessdiag_version=str(file.attrs["hessdiag_version"]),
+            hidden=_hidden(file, variants),
+            cosines=_known(file["cosines"], COSINES) if "cosines" in file else {},
         )
 
 
@@ -180,14 +185,44 @@ def _texts(stored: h5py.Dataset) -> list[str]:
 
 def _arrays(file: h5py.File, root: str, variant: str, index: int) -> dict[str, Any]:
     path = f"{root}/{variant}/{index}"
-    if path not in file:
-        return {}
-    group = file[path]
+    return _known(file[path], ARRAYS[root]) if path in file else {}
+
+
+def _known(group: h5py.Group, table: tuple[Dataset, ...]) -> dict[str, Any]:
+    held = group.keys()
     return {
-        dataset.name: np.asarray(load(group[dataset.name], dataset), dtype=np.float64)
-        for dataset in ARRAYS[root]
-        if dataset.name in group
+        dataset.name: _numbers(load(group[dataset.name], dataset), dataset)
+        for dataset in table
+        if dataset.name in held
     }
+
+
+def _numbers(stored: Any, dataset: Dataset) -> Any:
+    """Masks as truth values; all else, null truths too, as float64 with NaN."""
+    if dataset.dtype != "bool":
+        return np.asarray(stored, dtype=np.float64)
+    if dataset.dims:
+        return stored == 1
+    return np.asarray(np.nan if stored == NULL["bool"] else stored, dtype=np.float64)
+
+
+def _hidden(file: h5py.File, variants: tuple[str, ...]) -> dict[str, tuple[HiddenResult, ...]]:
+    """Of every variant that has any, by the index of the layer."""
+    found: dict[str, tuple[HiddenResult, ...]] = {}
+    for variant in variants:
+        if f"hidden/{variant}" not in file:
+            continue
+        hidden, neurons = file[f"hidden/{variant}"], f"neurons/{variant}"
+        found[variant] = tuple(
+            HiddenResult(
+                str(hidden[index].attrs["layer"]),
+                int(index),
+                _known(hidden[index], HIDDEN),
+                _known(file[f"{neurons}/{index}"], NEURONS) if f"{neurons}/{index}" in file else {},
+            )
+            for index in sorted(hidden, key=int)
+        )
+    return found
 
 
 def _provenance(group: h5py.Group) -> Provenance:

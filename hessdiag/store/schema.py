@@ -231,6 +231,56 @@ ROWS: tuple[Dataset, ...] = (
 ARRAYS: dict[str, tuple[Dataset, ...]] = {"spectra": SPECTRUM, "rows": ROWS}
 """By group: ``/<group>/<variant>/<block index>/<dataset>``."""
 
+HIDDEN: tuple[Dataset, ...] = (
+    Dataset("row_norm", ("feature",), NONE, "2-norm of each row of H_e; row 0 is that of ones"),
+    Dataset("column_norm", ("position",), NONE, "2-norm of each column of H_e"),
+    Dataset("singular_value", ("singular_index",), NONE, "singular values of H_e, descending"),
+    Dataset("bias_cosine", ("feature",), NONE, "cosine of each row to the row of ones"),
+    Dataset("dead", ("feature",), NONE, "the feature is zero everywhere", "bool"),
+    Dataset("constant", ("feature",), NONE, "the feature is the same everywhere", "bool"),
+    Dataset("kappa", (), NONE, "largest over smallest positive singular value of H_e"),
+    Dataset("rank", (), NONE, "singular values of H_e above the tolerance"),
+    Dataset("centring_holds", (), NONE, "centring the features lowers kappa", "bool"),
+)
+NEURONS: tuple[Dataset, ...] = (
+    Dataset("kappa_hessian", ("neuron",), NONE, "condition number of H_e S H_e^T"),
+    Dataset("kappa_hidden", ("neuron",), NONE, "condition number of H_e"),
+    Dataset("kappa_s", ("neuron",), NONE, "condition number of S"),
+    Dataset("bound", ("neuron",), NONE, "squared kappa_hidden times kappa_s"),
+    Dataset("slack", ("neuron",), NONE, "bound over kappa_hessian"),
+    Dataset("s_positive", ("neuron",), NONE, "positive entries of the diagonal S"),
+    Dataset("s_negative", ("neuron",), NONE, "negative entries of S"),
+    Dataset("s_zero", ("neuron",), NONE, "entries of S that are zero or rounding noise"),
+)
+LAYERS: dict[str, tuple[Dataset, ...]] = {"hidden": HIDDEN, "neurons": NEURONS}
+"""By group: ``/<group>/<variant>/<layer index>/<dataset>``."""
+
+_COSINE = "cosine of each Hessian row at p* to p_t - p*"
+COSINES: tuple[Dataset, ...] = (
+    Dataset("step", ("iterate",), NONE, "training step of the iterate"),
+    Dataset("distance", ("iterate",), NONE, "2-norm of p_t - p*"),
+    Dataset("cosine", ("iterate", "parameter"), NONE, _COSINE),
+    Dataset("cosine_low", ("iterate", "parameter"), NONE, f"lower end: {_COSINE}"),
+    Dataset("cosine_high", ("iterate", "parameter"), NONE, f"upper end: {_COSINE}"),
+    Dataset("valid", ("iterate", "parameter"), NONE, "the cosine exists", "bool"),
+    Dataset("row_norm", ("parameter",), LOSS, "2-norm of each row of the full Hessian at p*"),
+    Dataset("row_norm_low", ("parameter",), LOSS, "lower end of the row norm"),
+    Dataset("row_norm_high", ("parameter",), LOSS, "upper end of the row norm"),
+    Dataset(
+        "gradient_rms", ("parameter",), LOSS, "root mean square of the gradient over the iterates"
+    ),
+    Dataset(
+        "quadratic_residual",
+        ("iterate",),
+        NONE,
+        "2-norm of g_t - g(p*) - H (p_t - p*) over that of H (p_t - p*)",
+    ),
+    Dataset("fraction_above", ("iterate",), NONE, "share of the cosines beyond 0.1"),
+)
+"""Under ``/cosines``, all of them or none."""
+CONTEXT = ("step", "distance")
+"""What the group's attribute ``coordinates`` names (CF): xarray shows them as coordinates."""
+
 PROVENANCE: dict[str, tuple[type, str]] = {
     "config": (dict, "options of the analysis, a JSON object"),
     "environment": (dict, "versions, engine, self-checks and timings, a JSON object"),

@@ -12,12 +12,15 @@ import h5py
 
 from hessdiag.quantity import STATUSES, Quantity
 from hessdiag.run import VariantResult
+from hessdiag.store.coherence import cosine_problems, hidden_problems
 from hessdiag.store.journal import is_unfinished, open_run
 from hessdiag.store.read import load, read_run, run_file
 from hessdiag.store.schema import (
     ARRAYS,
     AXES,
     COORDINATES,
+    COSINES,
+    LAYERS,
     PARAMETERS,
     PROVENANCE,
     SUMMARY,
@@ -67,7 +70,11 @@ def validate_run(path: str | Path) -> list[str]:
         for variant, result in block.variants.items():
             where = f"block {block.name!r}, variant {variant!r}"
             problems += [f"{where}: {problem}" for problem in _result(result)]
-    return problems
+    for variant, results in run.hidden.items():
+        for found in results:
+            where = f"layer {found.layer!r}, variant {variant!r}"
+            problems += [f"{where}: {problem}" for problem in hidden_problems(found)]
+    return [*problems, *(f"cosines: {problem}" for problem in cosine_problems(run.cosines))]
 
 
 def _structure(file: h5py.File) -> Iterator[str]:
@@ -96,6 +103,8 @@ def _structure(file: h5py.File) -> Iterator[str]:
         variants = {str(name) for name in summary["variant"].asstr()[:]}
         for root, table in ARRAYS.items():
             yield from _groups(file[root], table, names, variants)
+        yield from _layers(file, variants)
+    yield from _cosines(file)
     yield from _unlabelled(file)
 
 
@@ -152,6 +161,32 @@ def _groups(
             for dataset in table:
                 if dataset.name in arrays:
                     yield from _dataset(arrays, dataset)
+
+
+def _layers(file: h5py.File, variants: set[str]) -> Iterator[str]:
+    arrays = [
+        (variant, index, group, table)
+        for root, table in LAYERS.items()
+        for variant, indices in file.get(root, {}).items()
+        for index, group in indices.items()
+    ]
+    for variant, index, group, table in arrays:
+        if variant not in variants:
+            yield f"{group.name}: there is no such variant in /summary/variant"
+        if not (index.isdecimal() and str(int(index)) == index):
+            yield f"{group.name}: {index!r} is no index of a layer"
+        if not isinstance(group.attrs.get("layer"), str):
+            yield f"{group.name} lacks the attribute layer"
+        if f"hidden/{variant}/{index}" not in file:
+            yield f"{group.name}: there is no /hidden/{variant}/{index}"
+        for dataset in table:
+            if dataset.name in group:
+                yield from _dataset(group, dataset)
+
+
+def _cosines(file: h5py.File) -> Iterator[str]:
+    for dataset in COSINES if "cosines" in file else ():
+        yield from _dataset(file["cosines"], dataset)
 
 
 def _unlabelled(file: h5py.File) -> list[str]:

@@ -22,14 +22,17 @@ from numpy.typing import NDArray
 from hessdiag.errors import OutOfResources, StoreError
 from hessdiag.run import Run
 from hessdiag.store.atomic import replace_file
-from hessdiag.store.cells import encode
+from hessdiag.store.cells import NULL, encode
 from hessdiag.store.document import finite
 from hessdiag.store.read import is_run, read_run
 from hessdiag.store.schema import (
     ARRAYS,
     AXES,
+    CONTEXT,
     COORDINATES,
+    COSINES,
     FORMAT,
+    LAYERS,
     NONE,
     PARAMETERS,
     PROVENANCE,
@@ -67,7 +70,7 @@ def write_run(
     check_target(path, force=force)
     _check_names(run)
     try:
-        content = _serialised(run)
+        content = _serialised(run).getbuffer()
     except MemoryError as error:
         raise OutOfResources(
             f"not enough memory to lay out {path}; close other programs, or analyse fewer blocks"
@@ -132,7 +135,8 @@ def refuse_link(path: Path) -> None:
 
 
 def _check_names(run: Run) -> None:
-    for name in (*(block.name for block in run.blocks), *run.variants):
+    layers = (found.layer for results in run.hidden.values() for found in results)
+    for name in (*(block.name for block in run.blocks), *run.variants, *layers):
         if "\0" in name or name != name.encode(errors="replace").decode():
             raise StoreError(
                 f"the name {name!r} cannot be stored: HDF5 texts hold no null character and no "
@@ -141,9 +145,12 @@ def _check_names(run: Run) -> None:
     for variant in run.variants:
         if "/" in variant or variant in {"", "."}:
             raise StoreError(f"the variant {variant!r} cannot be stored: it names an HDF5 group")
+    strangers = sorted(set(run.hidden) - set(run.variants))
+    if strangers:
+        raise ValueError(f"the run has H_e under {strangers}, which are none of its variants")
 
 
-def _serialised(run: Run) -> bytes:
+def _serialised(run: Run) -> io.BytesIO:
     buffer = io.BytesIO()
     with h5py.File(buffer, "w", libver=("v110", "v110")) as file:
         file.attrs["encoding-type"] = FORMAT
@@ -152,6 +159,9 @@ def _serialised(run: Run) -> bytes:
         file.attrs["hessdiag_version"] = run.hessdiag_version
         _summary(file.create_group("summary"), run)
         _arrays(file, run)
+        _layers(file, run)
+        if run.cosines:
+            _cosines(file.create_group("cosines"), run.cosines)
         group = file.create_group("provenance")
         for name, (_, long_name) in PROVENANCE.items():
             text = json.dumps(finite(getattr(run.provenance, name)))
@@ -160,7 +170,7 @@ def _serialised(run: Run) -> bytes:
         mark = seal(content)
     buffer.seek(0, io.SEEK_END)
     buffer.write(mark)
-    return buffer.getvalue()
+    return buffer
 
 
 def _summary(group: h5py.Group, run: Run) -> None:
@@ -207,6 +217,25 @@ def _arrays(file: h5py.File, run: Run) -> None:
                     _fill(group, table, arrays)
 
 
+def _layers(file: h5py.File, run: Run) -> None:
+    for variant, results in run.hidden.items():
+        for found in results:
+            for root, table in LAYERS.items():
+                arrays = found.hidden if root == "hidden" else found.neurons
+                if arrays or root == "hidden":
+                    group = file.create_group(f"{root}/{variant}/{found.index}")
+                    group.attrs["layer"] = found.layer
+                    _fill(group, table, arrays)
+
+
+def _cosines(group: h5py.Group, arrays: Mapping[str, Any]) -> None:
+    missing = [dataset.name for dataset in COSINES if dataset.name not in arrays]
+    if missing:
+        raise ValueError(f"the cosines lack {missing}")
+    group.attrs["coordinates"] = " ".join(CONTEXT)
+    _fill(group, COSINES, arrays)
+
+
 def _fill(group: h5py.Group, table: tuple[Dataset, ...], arrays: Mapping[str, Any]) -> None:
     unknown = sorted(set(arrays) - {dataset.name for dataset in table})
     if unknown:
@@ -214,7 +243,7 @@ def _fill(group: h5py.Group, table: tuple[Dataset, ...], arrays: Mapping[str, An
     for dataset in table:
         if dataset.name not in arrays:
             continue
-        data = np.asarray(arrays[dataset.name], dtype=np.float64)
+        data = _numbers(dataset, arrays[dataset.name])
         for dim, length in zip(dataset.dims, data.shape, strict=True):
             if dim not in group:
                 scale = Dataset(dim, (dim,), NONE, "0-based position", "int")
@@ -222,12 +251,23 @@ def _fill(group: h5py.Group, table: tuple[Dataset, ...], arrays: Mapping[str, An
         _add(group, dataset, data)
 
 
+def _numbers(dataset: Dataset, value: Any) -> NDArray[Any]:
+    data = np.asarray(value)
+    if dataset.dtype != "bool":
+        return data.astype(np.float64, copy=False)
+    if data.dtype != np.bool_:
+        number = data.astype(np.float64)  # None becomes NaN
+        data = np.where(np.isnan(number), NULL["bool"], number)
+    return data.astype(np.int8)
+
+
 def _add(group: h5py.Group, dataset: Dataset, data: NDArray[Any]) -> h5py.Dataset:
     """Create ``dataset`` with its units, long name and dimension scales."""
     filters: dict[str, Any] = {}
     if data.ndim and data.size and dataset.dtype != "text":  # a scalar takes no filter
         filters["fletcher32"] = True
-        if dataset.dims == (dataset.name,) and dataset.dtype == "int":
+        positions = dataset.dims == (dataset.name,) and dataset.dtype == "int"
+        if positions or dataset.dtype == "bool":
             filters |= {"compression": "gzip", "shuffle": True}
     stored = group.create_dataset(dataset.name, data=data, dtype=STORED[dataset.dtype], **filters)
     stored.attrs["units"] = dataset.units

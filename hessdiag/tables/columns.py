@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.cells import cell_len
@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from hessdiag.plain import printable
 from hessdiag.run import Run, VariantResult
 from hessdiag.tables.labels import shortened
-from hessdiag.tables.marks import Mark, certified, marked, percent, whole
+from hessdiag.tables.marks import Mark, Show, certified, marked, percent, scientific, whole
 
 GAP = "  "
 HEADLINE = "0.5"
@@ -37,8 +37,11 @@ class Column:
     style: str = ""
 
 
-def _kappa(result: VariantResult, digits: int) -> Mark:
-    mark = certified(result["kappa"], digits)
+def kappa_mark(
+    result: VariantResult, digits: int, form: Callable[[int], Show] = scientific
+) -> Mark:
+    """κ, with a sign where it depends on the zero tolerance."""
+    mark = certified(result["kappa"], digits, form)
     return Mark(mark.kind, mark.lead, mark.text, mark.tail + "!" * bool(result["ambiguous"]))
 
 
@@ -50,7 +53,7 @@ def _gradient(result: VariantResult, digits: int) -> Mark:
 COLUMNS = (
     Column("size", ("", "size"), lambda r, _: Mark("", "", str(r["size"]))),
     Column("inactive", ("in-", "active"), lambda r, _: Mark("", "", str(r["inactive"]))),
-    Column("kappa", ("", "κ"), _kappa),
+    Column("kappa", ("", "κ"), kappa_mark),
     Column(
         "kappa_median",
         ("κ at the", "median λ"),
@@ -68,6 +71,15 @@ COLUMNS = (
         lambda r, digits: certified(r["forecast_positive"][FORECAST], digits),
     ),
 )
+TERMS = {
+    "kappa": "κ = λ_max / smallest λ > 0",
+    "kappa_median": "at the median λ: λ_max / median λ > 0",
+    "inactive": "inactive: zero rows of H",
+    "mass": "mass: share of Σ|λ|",
+    "gradient": "‖g‖: gradient norm",
+    "forecast": "forecast: loss that 100 steps of gradient descent gain where λ > 0",
+}
+"""What the legend says of each column that needs a word."""
 LAYOUTS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (4, ()),
     (3, ()),
@@ -88,7 +100,8 @@ class Shape:
     tail: int
 
 
-def _shape(column: Column, marks: Iterable[Mark]) -> Shape:
+def shape_of(header: Sequence[str], marks: Sequence[Mark]) -> Shape:
+    """The widths that a column needs for its header lines and its cells."""
     plain = [mark for mark in marks if mark.lead != "["]
     bracketed = [mark for mark in marks if mark.lead == "["]
     tail = max((len(mark.tail) for mark in (*plain, *bracketed)), default=0)
@@ -97,7 +110,7 @@ def _shape(column: Column, marks: Iterable[Mark]) -> Shape:
         *(len(mark.lead) + bool(mark.lead) + number + tail for mark in plain),
         *(len(mark.lead) + len(mark.text) + tail for mark in bracketed),
     ]
-    return Shape(max(*map(len, column.header), *cells), number, tail)
+    return Shape(max([0, *map(len, header), *cells]), number, tail)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +147,7 @@ def layout(run: Run, done: Mapping[str, VariantResult], width: int) -> Layout:
         for column in COLUMNS:
             if column.key not in (*dropped, *idle):
                 marks = {name: column.cell(result, digits) for name, result in done.items()}
-                columns.append((column, _shape(column, [*marks.values()]), marks))
+                columns.append((column, shape_of(column.header, [*marks.values()]), marks))
         room = width - sum(len(GAP) + shape.total for _, shape, _ in columns)
         name_width = min(longest, max(room, SHORTEST_NAME))
         labels = shortened(plain, name_width)

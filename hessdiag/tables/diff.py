@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.text import Text
@@ -12,14 +12,14 @@ from hessdiag.diff import Compared, Diff, Pair
 from hessdiag.plain import printable
 from hessdiag.quantity import Quantity
 from hessdiag.run import Run
-from hessdiag.tables.columns import COLUMNS, GAP
+from hessdiag.tables.columns import COLUMNS, FORECAST, GAP
 from hessdiag.tables.labels import shortened
 from hessdiag.tables.lines import TIED, printed, wrapped
 from hessdiag.tables.marks import (
-    MEANINGS,
     Mark,
     certified,
     marked,
+    meanings,
     percent,
     signed,
     signed_percent,
@@ -27,7 +27,10 @@ from hessdiag.tables.marks import (
     times,
     whole,
 )
-from hessdiag.tables.summary import WHOLE, run_title
+from hessdiag.tables.summary import run_title
+from hessdiag.tables.verdict import leader_name
+from hessdiag.variants.grammar import RAW
+from hessdiag.verdict import WHOLE, solved, verdict
 
 SHOWN = (
     ("kappa_median", "kappa_quantile", "0.5"),
@@ -37,6 +40,8 @@ SHOWN = (
     ("mass", "negative_mass", None),
 )
 """The rows of a block: the column of the summary table whose words they take, field and key."""
+COMPARED = (SHOWN[0], ("forecast", "forecast_positive", FORECAST))
+"""Those of a block under another variant than raw."""
 LABELS = {column.key: " ".join(column.header).strip() for column in COLUMNS}
 SHARES = {"negative_count", "negative_mass", "negative_depth"}
 ARROWS = {1: "↑", -1: "↓", 0: " "}
@@ -59,11 +64,15 @@ class Row:
     sign: int
 
 
+Table = tuple[list[Text], list[Row], Pair]
+"""A heading, the rows below it, and whose they are."""
+
+
 def diff_table(
     diff: Diff,
     names: tuple[str, str],
     *,
-    variant: str = "raw",
+    variant: str | None = None,
     block: str | None = None,
     width: int = 100,
     color: bool = False,
@@ -73,7 +82,8 @@ def diff_table(
     Args:
         diff: Of two runs.
         names: What to call the two runs.
-        variant: The view of the problem that is compared.
+        variant: The view of the problem that is compared; by default raw, and below it the
+            headline and the forecast of every other that both runs have.
         block: Print every quantity of this block instead.
         width: Columns of the terminal.
         color: Use ANSI colours; without, the text is plain.
@@ -81,28 +91,70 @@ def diff_table(
     Returns:
         Lines, each ended by a newline.
     """
-    pairs = [pair for pair in diff.pairs if pair.variant == variant]
-    pairs = [pair for pair in pairs if block is None or pair.block == block]
+    shown = RAW if variant is None else variant
+    chosen = [pair for pair in diff.pairs if block is None or pair.block == block]
+    pairs = [pair for pair in chosen if pair.variant == shown]
     pairs.sort(key=lambda pair: pair.block == WHOLE)
-    lines = _titles(diff, names, variant, width)
+    beside = [p for p in chosen if p not in pairs] if variant is None and block is None else []
+    lines = _titles(diff, names, shown, width)
     for text in _settings(diff):
         lines += wrapped(f"Warning: {text}", width, "yellow", indent=INDENT)
     lines.append(Text())
-    tables = [(pair, _rows(pair) if block is None else _every_row(pair)) for pair in pairs]
-    every = [row for _, rows in tables for row in rows]
+    tables = [
+        (_heading(pair, width), _rows(pair, SHOWN) if block is None else _every_row(pair), pair)
+        for pair in pairs
+    ]
+    tables = [part for table in tables for part in (table, *_others(table[2], beside, width))]
+    every = [row for _, rows, _ in tables for row in rows]
     widths = _widths(every)
     header = _line("", "first", "second", "  change", widths)
     lines += [Text(header, style="bold"), Text("─" * (len(header) + CHANGE), style="dim")]
-    for pair, rows in tables:
-        lines += _heading(pair, width)
+    for heading, rows, _ in tables:
+        lines += heading
         for row in rows:
             cells = (str(row.first), str(row.second), f"{ARROWS[row.sign]} {row.change}")
             lines.append(Text(_line(row.label, *cells, widths), style="" if row.sign else "dim"))
     lines.append(Text())
     if block is None:
         lines += wrapped(_sentence(pairs), width, "bold")
+    if variant is None and block is None:
+        lines += wrapped(_verdicts(diff), width, "bold")
+        lines += wrapped(_alone(diff), width)
     lines += wrapped(_legend(every), width, "dim")
     return printed(lines, width, color=color)
+
+
+def _others(pair: Pair, beside: Sequence[Pair], width: int) -> Iterator[Table]:
+    """The other variants of a block, where either run has numbers."""
+    for other in beside:
+        sides = (other.first, other.second)
+        if other.block == pair.block and all(sides) and any(map(solved, sides)):
+            heading = Text(f"{INDENT}under {printable(other.variant)}", style="italic")
+            yield [heading, *_missing(other, width)], _rows(other, COMPARED), other
+
+
+def _verdicts(diff: Diff) -> str:
+    """Which variant helps most in either run; empty where there is one variant only."""
+    found = [verdict(run) for run in (diff.first, diff.second)]
+    by = {"forecast": [v.forecast for v in found], "κ at the median λ": [v.kappa for v in found]}
+    parts = [
+        f"by {word} {' | '.join(leader_name(ranking) for ranking in rankings)}"
+        for word, rankings in by.items()
+        if any(rankings)
+    ]
+    return f"The variant that helps most (first | second): {'; '.join(parts)}." if parts else ""
+
+
+def _alone(diff: Diff) -> str:
+    """The variants that one run has alone."""
+    sides = {"first": diff.first.variants, "second": diff.second.variants}
+    both = set(diff.first.variants) & set(diff.second.variants)
+    parts = [
+        f"Only in the {word} run: {', '.join(printable(v) for v in variants if v not in both)}."
+        for word, variants in sides.items()
+        if set(variants) - both
+    ]
+    return " ".join(parts)
 
 
 def _titles(diff: Diff, names: tuple[str, str], variant: str, width: int) -> list[Text]:
@@ -144,7 +196,12 @@ def _heading(pair: Pair, width: int) -> list[Text]:
     known = list(dict.fromkeys(f"{size:,}" for size in sizes if size is not None))
     heading = Text(label, style="bold")
     heading.append(f"  {' | '.join(known)} parameters", style="dim")
-    lines = [heading]
+    return [heading, *_missing(pair, width)]
+
+
+def _missing(pair: Pair, width: int) -> list[Text]:
+    """Why a side has no numbers."""
+    lines = []
     for word, result in (("first", pair.first), ("second", pair.second)):
         if result is None:
             lines += wrapped(f"{INDENT}not in the {word} run", width, "dim")
@@ -159,10 +216,10 @@ def _row(label: str, found: Compared) -> Row:
     return Row(label, first, second, _change(found), certain_sign(found.difference))
 
 
-def _rows(pair: Pair) -> list[Row]:
+def _rows(pair: Pair, shown: Sequence[tuple[str, str, str | None]]) -> list[Row]:
     if not pair.solved:
         return []
-    return [_row(LABELS[column], pair.quantity(field, key)) for column, field, key in SHOWN]
+    return [_row(LABELS[column], pair.quantity(field, key)) for column, field, key in shown]
 
 
 def _every_row(pair: Pair) -> list[Row]:
@@ -224,11 +281,11 @@ def _sentence(pairs: Sequence[Pair]) -> str:
 
 
 def _legend(rows: Sequence[Row]) -> str:
-    kinds = {mark.kind for row in rows for mark in (row.first, row.second, row.change)}
+    marks = [mark for row in rows for mark in (row.first, row.second, row.change)]
     return " · ".join(
         [
             "change: ×, the second over the first; or + and -, their difference",
             "↑ ↓: certainly larger, smaller; without an arrow they may be equal",
-            *(f"{kind}{TIED}{meaning}" for kind, meaning in MEANINGS.items() if kind in kinds),
+            *meanings(marks),
         ]
     )

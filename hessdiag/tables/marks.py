@@ -7,11 +7,12 @@ rounding bound leaves open.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
 
 from hessdiag.quantity import Quantity
+from hessdiag.tables.lines import TIED
 
 Show = Callable[[float, str], str]
 """A number in print, rounded in one of decimal's directions."""
@@ -43,6 +44,12 @@ class Mark:
         return f"{self.lead}{gap}{self.text}{self.tail}"
 
 
+def meanings(marks: Iterable[Mark]) -> list[str]:
+    """A line of a legend for each kind among ``marks``."""
+    kinds = {mark.kind for mark in marks}
+    return [f"{kind}{TIED}{meaning}" for kind, meaning in MEANINGS.items() if kind in kinds]
+
+
 def scientific(digits: int) -> Show:
     """Numbers with ``digits`` significant digits: ``-1.23e-04``, or ``0``."""
 
@@ -53,6 +60,11 @@ def scientific(digits: int) -> Show:
         return f"{float(rounded):.{digits - 1}e}"
 
     return show
+
+
+def compact(digits: int) -> Show:
+    """As :func:`scientific` without padding: ``-1.23e-4``."""
+    return _short(scientific(digits))
 
 
 def whole(number: float, rounding: str) -> str:
@@ -75,7 +87,7 @@ def times(digits: int) -> Show:
     """Ratios with ``digits`` significant digits: ``×1.79``, or ``×1.79e+06`` far from one."""
 
     def show(number: float, rounding: str) -> str:
-        return f"×{_near_one(digits)(number, rounding)}"
+        return f"×{near_one(digits)(number, rounding)}"
 
     return show
 
@@ -102,7 +114,9 @@ def signed_percent(number: float, rounding: str) -> str:
     return f"-{percent(-number, turned.get(rounding, rounding))}"
 
 
-def _near_one(digits: int) -> Show:
+def near_one(digits: int) -> Show:
+    """Numbers with ``digits`` significant digits: ``45.5``, or ``4.59e+08`` far from one."""
+
     def show(number: float, rounding: str) -> str:
         rounded = Context(prec=digits, rounding=rounding).create_decimal(_decimal(number))
         if not number or not -3 <= rounded.adjusted() <= 3:
@@ -171,7 +185,7 @@ def _decimal(number: float) -> Decimal:
 
 
 def _short(padded: Show) -> Show:
-    """Without the padding of the exponent, for the ends of intervals."""
+    """Without the padding of the exponent."""
 
     def show(number: float, rounding: str) -> str:
         mantissa, _, exponent = padded(number, rounding).partition("e")

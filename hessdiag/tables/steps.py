@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.cells import cell_len
@@ -13,10 +13,12 @@ from hessdiag.quantity import Quantity
 from hessdiag.run import Run, VariantResult
 from hessdiag.series import step_of
 from hessdiag.tables.columns import GAP, HEADLINE
-from hessdiag.tables.labels import shortened
+from hessdiag.tables.labels import shortened, told_apart
 from hessdiag.tables.lines import TIED, printed, wrapped
-from hessdiag.tables.marks import MEANINGS, Mark, certified
-from hessdiag.tables.summary import WHOLE
+from hessdiag.tables.marks import MEANINGS, Mark, certified, meanings
+from hessdiag.tables.verdict import NEAR, leader_name
+from hessdiag.variants.grammar import RAW
+from hessdiag.verdict import WHOLE, verdict
 
 DIGITS = 3
 OVER = (12, 16, 24, 40)
@@ -24,6 +26,8 @@ BEFORE = (24, 40)
 """Names over or before their numbers get the first of these widths that tells them apart."""
 FALLBACK = "*"
 TOP = "λ_max of whole"
+BY_FORECAST = "best by forecast"
+BY_KAPPA = "best by κ"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,8 @@ def steps_table(
     runs: Sequence[Run], *, variant: str = "raw", width: int = 100, color: bool = False
 ) -> str:
     """The headline condition number of every block in each of several runs, in their order.
+
+    Where raw is shown and there are other variants, also which of them helps most at each.
 
     Args:
         runs: At least one; blocks are matched by name.
@@ -61,16 +67,19 @@ def steps_table(
     lines = {"loss": losses}
     if WHOLE in names:
         lines[TOP] = [_top(found.get(WHOLE)) for found in results]
+    leaders = _leaders(runs) if variant == RAW else {}
+    lines |= leaders
     cells = [*lines.values(), *([str(mark) for mark in marks[name]] for name in names)]
-    across = Grid("block", (*lines, *_told_apart(names, BEFORE)), tuple(labels), cells)
+    across = Grid("block", (*lines, *told_apart(names, BEFORE)), tuple(labels), cells)
     down = Grid(
-        corner, tuple(labels), (*lines, *_told_apart(names, OVER)), [*zip(*cells, strict=True)]
+        corner, tuple(labels), (*lines, *told_apart(names, OVER)), [*zip(*cells, strict=True)]
     )
     best = min((down, across), key=lambda grid: _price(grid, width))
     text = [*wrapped(_title(runs, variant), width, "bold"), Text()]
     for panel in _panels(best, width):
         text += [*panel, Text()]
-    text += wrapped(_legend([mark for row in marks.values() for mark in row]), width, "dim")
+    legend = _legend([mark for row in marks.values() for mark in row], leaders)
+    text += wrapped(legend, width, "dim")
     return printed(text, width, color=color)
 
 
@@ -96,15 +105,6 @@ def _labels(runs: Sequence[Run]) -> tuple[str, list[str]]:
     return "checkpoint", shortened([printable(name) for name in names], BEFORE[0])
 
 
-def _told_apart(names: Sequence[str], widths: Sequence[int]) -> list[str]:
-    plain = [printable(name) for name in names]
-    for room in widths:
-        labels = shortened(plain, room)
-        if len(set(labels)) == len(set(plain)):
-            return labels
-    return labels
-
-
 def _loss(results: dict[str, VariantResult]) -> str:
     losses = [result["loss"] for result in results.values() if result["loss"] is not None]
     return f"{losses[0]:.4g}" if losses else "–"
@@ -112,6 +112,17 @@ def _loss(results: dict[str, VariantResult]) -> str:
 
 def _top(result: VariantResult | None) -> str:
     return "–" if result is None else str(certified(result["lambda_max"], DIGITS))
+
+
+def _leaders(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Which variant helps most at each run, by either measure; empty where there are no others."""
+    verdicts = [verdict(run) for run in runs]
+    if not any(found.forecast or found.kappa for found in verdicts):
+        return {}
+    return {
+        BY_FORECAST: [leader_name(found.forecast) for found in verdicts],
+        BY_KAPPA: [leader_name(found.kappa) for found in verdicts],
+    }
 
 
 def _title(runs: Sequence[Run], variant: str) -> str:
@@ -167,11 +178,18 @@ def _padded(text: str, room: int, *, right: bool) -> str:
     return space + text if right else text + space
 
 
-def _legend(marks: Sequence[Mark]) -> str:
+def _legend(marks: Sequence[Mark], leaders: Mapping[str, Sequence[str]]) -> str:
     kinds = {mark.kind for mark in marks}
-    parts = [f"{kind}{TIED}{meaning}" for kind, meaning in MEANINGS.items() if kind in kinds]
+    parts = meanings(marks)
     if any(mark.tail.endswith(FALLBACK) for mark in marks):
         parts.append(f"{FALLBACK} κ = λ_max / smallest λ > 0, for the median λ is unresolved")
+    if leaders:
+        parts.append(f"{BY_FORECAST}, {BY_KAPPA}: the variant that helps most, as the verdict says")
+        told = [name for row in leaders.values() for name in row]
+        if any(name.startswith(NEAR) for name in told):
+            parts.append(f"{NEAR}{TIED}not separated from another")
+        if "~" not in kinds and any(name.startswith("~") for name in told):
+            parts.append(f"~{TIED}{MEANINGS['~']}")
     missing = [kind for kind in ("failed", "skipped") if kind in kinds]
     parts += [f"some blocks {kind}: hessdiag show RUN says why" for kind in missing]
     return " · ".join(["at the median λ: λ_max / median λ > 0", *parts])

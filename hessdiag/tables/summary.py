@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.cells import cell_len
 from rich.text import Text
@@ -11,51 +11,62 @@ from rich.text import Text
 from hessdiag.plain import printable
 from hessdiag.quantity import Quantity
 from hessdiag.run import BlockResult, Run, VariantResult
-from hessdiag.tables.columns import COLUMNS, GAP, HEADLINE, Layout, aligned, layout
-from hessdiag.tables.labels import shortened
+from hessdiag.tables.columns import COLUMNS, GAP, HEADLINE, TERMS, Layout, aligned, layout
+from hessdiag.tables.cosines import cosine_sentences
+from hessdiag.tables.labels import shortened, some_of
 from hessdiag.tables.lines import TIED, printed, wrapped
-from hessdiag.tables.marks import MEANINGS, certified
+from hessdiag.tables.marks import MEANINGS, certified, meanings
+from hessdiag.tables.reasons import hidden_sentences
+from hessdiag.tables.remarks import (
+    LONGEST_NAME,
+    NAMES_SHOWN,
+    comparison_remarks,
+    remark_lines,
+    variant_remarks,
+)
+from hessdiag.tables.variants import beside, variant_legend, variant_lines
+from hessdiag.tables.verdict import verdict_sentence
+from hessdiag.variants.grammar import RAW
+from hessdiag.verdict import WHOLE, solved
 
-WHOLE = "whole"
-LONGEST_NAME = 100
-NAMES_SHOWN = 4
-NOTES_SHOWN = 6
-TERMS = {
-    "kappa": "κ = λ_max / smallest λ > 0",
-    "kappa_median": "at the median λ: λ_max / median λ > 0",
-    "inactive": "inactive: zero rows of H",
-    "mass": "mass: share of Σ|λ|",
-    "gradient": "‖g‖: gradient norm",
-    "forecast": "forecast: loss that 100 steps of gradient descent gain where λ > 0",
-}
-"""What the legend says of each column that needs a word."""
+__all__ = ["WHOLE", "run_title", "summary_table", "worst_block"]
 
 
-def summary_table(run: Run, *, variant: str = "raw", width: int = 100, color: bool = False) -> str:
+def summary_table(
+    run: Run, *, variant: str | None = None, width: int = 100, color: bool = False
+) -> str:
     """The table of a run under one variant, and what a reader must know about it.
 
     Args:
         run: A finished analysis.
-        variant: One of ``run.variants``.
+        variant: One of ``run.variants``; by default raw, and then, where there are several, all
+            variants side by side with the verdict.
         width: Columns of the terminal; below about 70 the lines may run over.
         color: Use ANSI colours; without, the text is plain.
 
     Returns:
         Lines, each ended by a newline.
     """
-    results = {
-        block.name: block.variants[variant] for block in run.blocks if variant in block.variants
-    }
-    done = {name: result for name, result in results.items() if result["skipped"] is None}
-    lines = [*wrapped(run_title(run, variant, done.values()), width, "bold"), Text()]
+    shown = RAW if variant is None else variant
+    results = {b.name: b.variants[shown] for b in run.blocks if shown in b.variants}
+    done = {name: result for name, result in results.items() if solved(result)}
+    lines = [*wrapped(run_title(run, shown, done.values()), width, "bold"), Text()]
+    legend: list[str] = []
     if run.blocks:
         fitted = layout(run, done, width)
-        lines += [*_table(run, fitted, done, variant, width), Text()]
+        lines += [*_table(run, fitted, done, shown, width), Text()]
         lines += wrapped(_worst_sentence(done), width, "bold")
-        lines += wrapped(_legend(fitted), width, "dim")
+        legend = _legend(fitted)
+        lines += wrapped(" · ".join(legend), width, "dim")
     else:
         lines += wrapped("There is no block: the model has no parameter.", width)
-    lines += _remarks(run, results, width)
+    more = [] if shown == RAW else [*variant_remarks(results)]
+    if variant is None:
+        if len(run.variants) > 1:
+            lines += [Text(), *_comparison(run, legend, width)]
+            more = [*comparison_remarks(run)]
+        more = [*hidden_sentences(run), *cosine_sentences(run), *more]
+    lines += remark_lines(run, results, width, more)
     return printed(lines, width, color=color)
 
 
@@ -144,14 +155,13 @@ def _worst_sentence(done: Mapping[str, VariantResult]) -> str:
     name = shortened([printable(worst)], LONGEST_NAME)[0]
     sentence = f"The worst block is {name}: {median}, {_phrase('κ', result['kappa'])}."
     bounded = [
-        printable(other)
+        other
         for other, row in done.items()
         if other not in {worst, WHOLE} and row["kappa_quantile"][HEADLINE].status == "unresolved"
     ]
     if bounded:
-        some = ", ".join(shortened(bounded[:NAMES_SHOWN], LONGEST_NAME))
-        rest = f" and {len(bounded) - NAMES_SHOWN} more" if len(bounded) > NAMES_SHOWN else ""
-        sentence += f" {some}{rest}: known by bounds only, and may be worse."
+        some = some_of(bounded, NAMES_SHOWN, LONGEST_NAME)
+        sentence += f" {some}: known by bounds only, and may be worse."
     return sentence
 
 
@@ -164,12 +174,22 @@ def _phrase(subject: str, quantity: Quantity) -> str:
     return f"{subject} {MEANINGS[mark.kind]}"
 
 
-def _legend(fitted: Layout) -> str:
+def _comparison(run: Run, legend: Sequence[str], width: int) -> list[Text]:
+    """All variants side by side, the verdict, and what the first ``legend`` has not said."""
+    table = beside(run)
+    if not table.rows:
+        return []
+    lines, marks = variant_lines(table, width)
+    lines += wrapped(verdict_sentence(table.verdict), width, "bold")
+    parts = [part for part in variant_legend(table, marks) if part not in legend]
+    return [*lines, *wrapped(" · ".join(parts), width, "dim")]
+
+
+def _legend(fitted: Layout) -> list[str]:
     marks = [mark for _, _, cells in fitted.columns for mark in cells.values()]
-    kinds = {mark.kind for mark in marks}
-    parts = [f"{kind}{TIED}{meaning}" for kind, meaning in MEANINGS.items() if kind in kinds]
+    parts = meanings(marks)
     if any("!" in mark.tail for mark in marks):
-        parts.append("! eigenvalues at the zero tolerance: κ depends on it")
+        parts.append(f"!{TIED}eigenvalues at the zero tolerance: κ depends on it")
     shown = {column.key for column, _, _ in fitted.columns}
     terms = [term for key, term in TERMS.items() if key in shown]
     missing = [
@@ -177,29 +197,4 @@ def _legend(fitted: Layout) -> str:
     ]
     if missing:
         terms.append(f"left out for width: {', '.join(missing)}".replace(" ", TIED))
-    return " · ".join([*terms, *parts])
-
-
-def _remarks(run: Run, results: Mapping[str, VariantResult], width: int) -> list[Text]:
-    """Notes with the blocks that they are about, then the warnings of the whole run."""
-    owners: dict[str, list[str]] = {}
-    for name, result in results.items():
-        for note in result["notes"]:
-            owners.setdefault(printable(note), []).append(printable(name))
-    remarks = []
-    for note, names in owners.items():
-        shown = ", ".join(shortened(names[:NAMES_SHOWN], LONGEST_NAME))
-        rest = len(names) - NAMES_SHOWN
-        remarks.append(f"{shown}{f' and {rest} more' if rest > 0 else ''}: {note}")
-    halves = [result["half_ratio"].value for result in results.values()]
-    ratios = [max(ratio, 1 / ratio) for ratio in halves if ratio]
-    if ratios:
-        remarks.append(
-            f"subset: between its halves λ_max differs by a factor of up to {max(ratios):.2f}"
-        )
-    left = len(remarks) - NOTES_SHOWN
-    if left > 0:
-        remarks[NOTES_SHOWN:] = [f"{left} more notes: hessdiag show RUN --json"]
-    remarks += [f"Warning: {printable(warning)}" for warning in run.provenance.warnings]
-    lines = [line for remark in remarks for line in wrapped(f"- {remark}", width, indent="  ")]
-    return [Text(), *lines] if lines else []
+    return [*terms, *parts]

@@ -24,6 +24,9 @@ NETWORKS: Mapping[str, str] = MappingProxyType(
 )
 """Changes of the network, each with what it is."""
 
+OTHER_FUNCTIONS = frozenset({"ln", "gn", "rms"})
+"""Changes that compute another function of the same parameters: never ranked against raw."""
+
 COORDINATES: Mapping[str, str] = MappingProxyType(
     {
         RAW: "the parameters as they are",
@@ -87,8 +90,8 @@ def parse_variant(text: str) -> Variant:
         if part not in NETWORKS and part not in COORDINATES:
             known = [*COORDINATES, *NETWORKS]
             near = get_close_matches(part.lower(), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise OptionError(f"unknown variant {part!r}{hint} There are: {', '.join(known)}")
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise OptionError(f"unknown variant {part!r}{hint}; there are {', '.join(known)}")
     networks = [part for part in parts if part in NETWORKS]
     coordinates = [part for part in parts if part in COORDINATES]
     if len(networks) > 1 or len(coordinates) > 1:

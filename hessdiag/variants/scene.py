@@ -16,9 +16,13 @@ from hessdiag.checkpoint.optimizer import OptimizerState
 from hessdiag.curvature.objective import Objective
 from hessdiag.options import Options
 from hessdiag.variants.coordinates import Coordinates
-from hessdiag_probes.types import Matvec
+from hessdiag_probes.types import CountedMatvec
 
 Array = NDArray[np.float64]
+
+
+Iterates = tuple[Callable[[], Mapping[str, Tensor]], ...]
+"""Named parameters at each point of a trajectory, in order, as functions that read them."""
 
 
 class NotApplicable(Exception):
@@ -45,8 +49,7 @@ class Scene:
         rows: ``norm, norm_low, norm_high, diagonal, diagonal_low, diagonal_high`` of raw, (n,)
             each; empty where the probes were left out.
         dead: Which rows are zero or rounding noise, (n,).
-        iterates: Named parameters at each iterate of the trajectory, in order of training, as
-            functions that read them; empty without ``--iterates``.
+        iterates: Of the trajectory; empty without ``--iterates``.
         cache: Shared by all blocks and variants of this network: what was computed once (such as
             activations by layer) is kept here under a key of the maker's own.
     """
@@ -57,11 +60,11 @@ class Scene:
     options: Options
     optimizer: OptimizerState | None
     changed: bool
-    product: Matvec
+    product: CountedMatvec
     matrix: Tensor | None
     rows: Mapping[str, Array]
     dead: Tensor
-    iterates: tuple[Callable[[], Mapping[str, Tensor]], ...]
+    iterates: Iterates
     cache: dict[str, object]
 
     @property
@@ -97,6 +100,8 @@ class Built:
         off_diagonality: ``before`` and ``after`` a rotation, or None.
         decoupled: Weight decay acts on z (AdamW); None leaves it to the checkpoint's optimizer.
         notes: For the table.
+        diagonal_bound: No diagonal P leaves a smaller kappa than this; None where nothing sharper
+            is known than :func:`hessdiag.conditioning.diagonal.diagonal_floor`.
     """
 
     coordinates: Coordinates
@@ -106,6 +111,7 @@ class Built:
     off_diagonality: dict[str, float] | None = None
     decoupled: bool | None = None
     notes: tuple[str, ...] = ()
+    diagonal_bound: float | None = None
 
 
 Maker = Callable[[Scene], Built]

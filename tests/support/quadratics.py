@@ -77,6 +77,8 @@ def noiseless(
     *,
     rows: Tensor | None = None,
     block: float = 0.0,
+    weight_decay: float = 0.0,
+    semidefinite: bool = False,
     **changes: Any,
 ) -> Problem:
     """A block whose products err by nothing, or by ``rows``; ``seen`` as it is measured."""
@@ -89,14 +91,16 @@ def noiseless(
     )
     problem = Problem(
         name="whole",
-        gradient=matrix @ at,
+        gradient=matrix @ at + weight_decay * at,
         position=at,
         loss=0.5 * float(at @ matrix @ at),
+        attainable=0.5 * float(at @ matrix @ at + weight_decay * at @ at),
         noise=noise,
         eps=torch.finfo(torch.float64).eps,
-        weight_decay=0.0,
+        shift=weight_decay,
         damping=None,
         seed=0,
+        floor=weight_decay if semidefinite else None,
     )
     return replace(problem, **changes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hessdiag.run import (
     QUANTILES,
     THRESHOLDS,
     BlockResult,
+    HiddenResult,
     Provenance,
     Run,
     VariantResult,
@@ -211,6 +213,68 @@ def rich_run() -> Run:
     return run(tuple(blocks), ("raw", "bn+adam"), data="Größe\n[x]", nested={"a": [1, None, 2.5]})
 
 
+def hidden_layer(layer: str = "0", index: int = 0, **known: Any) -> HiddenResult:
+    """H_e of two features over three positions, one feature dead, and two neurons."""
+    hidden = {
+        "row_norm": np.sqrt([3.0, 12.0, 0.0]),
+        "column_norm": np.sqrt([5.0, 5.0, 5.0]),
+        "singular_value": np.sqrt([15.0, 0.0, 0.0]),
+        "bias_cosine": np.array([1.0, 1.0, np.nan]),
+        "dead": np.array([False, False, True]),
+        "constant": np.array([True, True, True]),
+        "kappa": np.asarray(1.0),
+        "rank": np.asarray(1.0),
+        "centring_holds": np.asarray(0.0),
+    }
+    counts = ("s_positive", "s_negative", "s_zero")
+    kappas = ("kappa_hessian", "kappa_hidden", "kappa_s", "bound", "slack")
+    neurons = {
+        **{name: np.array([1.5 + k, np.nan]) for k, name in enumerate(kappas)},
+        **{name: np.array([1.0, k]) for k, name in enumerate(counts)},
+    }
+    return HiddenResult(layer, index, hidden | known, neurons)
+
+
+def cosines(iterates: int = 3, size: int = 4, **known: Any) -> dict[str, Any]:
+    """The last iterate is p* itself, and the last row of the Hessian is zero."""
+    cosine = np.linspace(-0.9, 0.9, iterates * size).reshape(iterates, size)
+    cosine[-1] = cosine[:, -1] = np.nan
+    norm = np.append(np.arange(1.0, size), 0.0)
+    moving = np.append(np.linspace(0.5, 0.1, iterates - 1), np.nan)
+    arrays = {
+        "step": 100.0 * np.arange(1, iterates + 1),
+        "distance": np.append(np.linspace(2.0, 1.0, iterates - 1), 0.0),
+        "cosine": cosine,
+        "cosine_low": cosine - 0.05,
+        "cosine_high": cosine + 0.05,
+        "valid": ~np.isnan(cosine),
+        "row_norm": norm,
+        "row_norm_low": norm * 0.9,
+        "row_norm_high": norm * 1.1,
+        "gradient_rms": np.arange(float(size)),
+        "quadratic_residual": moving,
+        "fraction_above": moving,
+    }
+    return arrays | known
+
+
+def full_run(variants: tuple[str, ...] = ("raw", "bnp")) -> Run:
+    """The small run with H_e of two layers under each variant, and cosines: valid."""
+    small = small_run()
+    blocks = tuple(
+        replace(block, variants=dict.fromkeys(variants, block.variants["raw"]))
+        for block in small.blocks
+    )
+    layers = (hidden_layer("0", 0), replace(hidden_layer("encoder/2", 10), neurons={}))
+    return replace(
+        small,
+        blocks=blocks,
+        variants=variants,
+        hidden=dict.fromkeys(variants, layers),
+        cosines=cosines(),
+    )
+
+
 def differences(left: Run, right: Run) -> list[str]:
     """Where two runs differ, bit for bit; arrays compare with ``==``, types included."""
     found = [
@@ -218,6 +282,8 @@ def differences(left: Run, right: Run) -> list[str]:
         for name in ("variants", "provenance", "created_at", "hessdiag_version")
         if getattr(left, name) != getattr(right, name)
     ]
+    found += [] if _same_arrays(left.cosines, right.cosines) else ["cosines"]
+    found += [] if _same_hidden(left, right) else ["hidden"]
     if [b.name for b in left.blocks] != [b.name for b in right.blocks]:
         return [*found, "block names"]
     for ours, theirs in zip(left.blocks, right.blocks, strict=True):
@@ -234,9 +300,25 @@ def differences(left: Run, right: Run) -> list[str]:
                     if result.values.get(name, "?") != other.values.get(name, "?")
                 ]
             for kind in ("spectrum", "rows"):
-                mine, its = getattr(result, kind), getattr(other, kind)
-                same = mine.keys() == its.keys() and all(
-                    np.array_equal(mine[name], its[name]) for name in mine
-                )
+                same = _same_arrays(getattr(result, kind), getattr(other, kind))
                 found += [] if same else [f"{where}: {kind}"]
     return found
+
+
+def _same_arrays(mine: Any, its: Any) -> bool:
+    return mine.keys() == its.keys() and all(
+        mine[name].dtype == its[name].dtype
+        and np.array_equal(mine[name], its[name], equal_nan=mine[name].dtype.kind == "f")
+        for name in mine
+    )
+
+
+def _same_hidden(left: Run, right: Run) -> bool:
+    def flat(run: Run) -> list[tuple[str, str, int]]:
+        return [(v, f.layer, f.index) for v, found in run.hidden.items() for f in found]
+
+    return flat(left) == flat(right) and all(
+        _same_arrays(ours.hidden, theirs.hidden) and _same_arrays(ours.neurons, theirs.neurons)
+        for variant in left.hidden
+        for ours, theirs in zip(left.hidden[variant], right.hidden[variant], strict=True)
+    )

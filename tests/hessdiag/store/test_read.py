@@ -1,5 +1,6 @@
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -12,7 +13,7 @@ from hessdiag.store import is_run, read_run, write_run
 from hessdiag.store.seal import LENGTH, MARK
 
 
-@pytest.mark.parametrize("name", ["rich_run", "small_run"])
+@pytest.mark.parametrize("name", ["rich_run", "small_run", "full_run"])
 def test_a_run_comes_back_as_it_was(name, runs, tmp_path):
     run = getattr(runs, name)()
     write_run(run, tmp_path / "run.h5")
@@ -22,6 +23,36 @@ def test_a_run_comes_back_as_it_was(name, runs, tmp_path):
 def test_differences_are_seen(runs):
     assert runs.differences(runs.rich_run(), runs.rich_run()) == []
     assert runs.differences(runs.rich_run(), runs.small_run()) != []
+
+
+def test_differences_of_hidden_layers_and_cosines_are_seen(runs):
+    full = runs.full_run()
+    assert runs.differences(full, replace(full, hidden={})) == ["hidden"]
+    assert runs.differences(full, replace(full, cosines={})) == ["cosines"]
+    other = replace(full, cosines=runs.cosines(row_norm=np.ones(4)))
+    assert runs.differences(full, other) == ["cosines"]
+
+
+def test_masks_come_back_as_truth_values_and_a_missing_truth_as_nan(runs, tmp_path):
+    odd = runs.hidden_layer(centring_holds=None, dead=[0, 1, 0])
+    run = replace(runs.full_run(("raw",)), hidden={"raw": (odd,)})
+    write_run(run, tmp_path / "run.h5")
+    back = read_run(tmp_path / "run.h5")
+    hidden = back.hidden["raw"][0].hidden
+    assert hidden["dead"].dtype == back.cosines["valid"].dtype == np.bool_
+    assert hidden["dead"].tolist() == [False, True, False]
+    assert np.isnan(hidden["centring_holds"])
+
+
+def test_layers_come_back_in_the_order_of_their_indices(runs, tmp_path):
+    layers = tuple(runs.hidden_layer(f"layer {index}", index) for index in (2, 10, 11))
+    write_run(replace(runs.full_run(("raw",)), hidden={"raw": layers}), tmp_path / "run.h5")
+    assert [found.index for found in read_run(tmp_path / "run.h5").hidden["raw"]] == [2, 10, 11]
+
+
+def test_a_run_of_an_earlier_release_has_no_hidden_layers_and_no_cosines():
+    run = read_run(Path(__file__).parents[2] / "data" / "run-1.0.0.h5")
+    assert (run.hidden, run.cosines) == ({}, {})
 
 
 def test_every_status_comes_back_bit_for_bit(runs, tmp_path):

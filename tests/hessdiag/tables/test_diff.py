@@ -1,10 +1,12 @@
 """The table of two runs: both values, the change, and whether it is certain."""
 
 import dataclasses
+import re
 
 import pytest
 from rich.cells import cell_len
 
+from compared_runs import compared, result, skipped
 from hessdiag.diff import compare
 from hessdiag.quantity import Quantity
 from hessdiag.run import QUANTILES, BlockResult, VariantResult
@@ -135,3 +137,62 @@ def test_any_run_against_any_prints_within_the_width_and_obeys_no_name(variant, 
 
 def test_colour_is_only_where_it_is_asked_for():
     assert "\x1b[" in table(made(b=values(4)), made(b=values(4)), color=True)
+
+
+def several():
+    first = compared(
+        {
+            "0": {
+                "raw": result(4.0, 1.0),
+                "bnp": result(3.0, 2.0),
+                "adam": result(2.0, 9.0),
+                "kfac": result(1.0, 1.0),
+            },
+            "2": {"raw": result(4.0, 1.0), "bnp": result(3.0, 2.0), "adam": result(2.0, 2.0)},
+        }
+    )
+    second = compared(
+        {
+            "0": {"raw": result(4.0, 1.0), "bnp": result(1.0, 4.0), "adam": result(2.0, 2.0)},
+            "2": {"raw": result(4.0, 1.0), "bnp": result(3.0, 2.0), "adam": skipped("no state")},
+        }
+    )
+    return first, second
+
+
+def test_every_variant_that_both_runs_have_stands_below_raw():
+    lines = [line.strip() for line in table(*several()).splitlines()]
+    block = lines[lines.index("0  4 parameters") : lines.index("2  4 parameters")]
+    assert [line for line in block if line.startswith("under")] == ["under bnp", "under adam"]
+    start = block.index("under bnp") + 1
+    assert [cell.split("  ") for cell in map(_single, block[start : start + 2])] == [
+        ["κ at the median λ", "= 3.00e+00", "= 1.00e+00", "↓ = ×0.333"],
+        ["forecast T = 100", "= 2.00e+00", "= 4.00e+00", "↑ = ×2.00"],
+    ]
+    rest = lines[lines.index("2  4 parameters") :]
+    after = rest[rest.index("under adam") + 1]
+    assert after == "skipped in the second run: no state"
+
+
+def _single(line):
+    return re.sub(r" {2,}", "  ", line)
+
+
+def test_the_variants_of_one_run_alone_and_what_helps_most_in_either_are_said():
+    text = " ".join(table(*several()).split())
+    assert "Only in the first run: kfac." in text
+    assert (
+        "The variant that helps most (first | second): by forecast adam | bnp; "
+        "by κ at the median λ adam | bnp." in text
+    )
+    alone = table(made(b=values(4)), made(b=values(4)))
+    assert "helps most" not in alone
+    assert "Only in" not in alone
+
+
+def test_one_variant_or_one_block_stands_alone_where_it_is_asked_for():
+    for options in ({"variant": "bnp"}, {"variant": "raw"}, {"block": "0"}):
+        text = table(*several(), **options)
+        assert "under" not in text
+        assert "helps most" not in text
+    assert "variant bnp" in table(*several(), variant="bnp")

@@ -1,10 +1,13 @@
 """The table over training steps: whatever there is, every number is printed once and fits."""
 
+import dataclasses
 import re
 
 import pytest
 from rich.cells import cell_len
 
+from compared_runs import compared
+from compared_runs import result as pair
 from hessdiag.quantity import Quantity
 from hessdiag.run import QUANTILES, BlockResult, VariantResult
 from hessdiag.tables.steps import headline, steps_table
@@ -133,3 +136,43 @@ def test_names_that_differ_in_the_middle_are_told_apart_over_their_columns():
     headers = [line for line in steps_table(runs).splitlines() if line.strip().startswith("step")]
     shown = [cell for line in headers for cell in line.split()[1:] if cell != "loss"]
     assert len(shown) == len(set(shown)) == 4
+
+
+def both(step, raw, adam):
+    blocks = {"0": {"raw": raw, "adam": adam}}
+    return dataclasses.replace(compared(blocks), provenance=made(step, {}).provenance)
+
+
+def test_with_several_variants_each_step_says_which_helps_most():
+    gain = {"gain": 1.0}
+    more = {"gain": 2.0}
+    runs = [
+        both(1, pair(4.0, **gain), pair(2.0, **more)),
+        both(2, pair(4.0, **more), pair(8.0, **gain)),
+        both(3, pair(4.0, **gain), pair(2.0, gain=Quantity.estimate(3.0))),
+        both(4, pair(4.0, **gain), pair(Quantity.exact(3.0, 2.0, 5.0), **more)),
+        both(5, pair(4.0, **gain), pair(Quantity.unresolved(), **more)),
+        *(made(step, {"0": result(loss=0.0017)}) for step in range(6, 20)),
+    ]
+    lines = steps_table(runs, width=100).splitlines()
+    assert re.split(r"\s{2,}", lines[2].strip()) == [
+        "step",
+        "loss",
+        "best by forecast",
+        "best by κ",
+        "0",
+    ]
+    told = [re.split(r"\s{2,}", line.strip())[2:4] for line in lines[4:10]]
+    assert told == [
+        ["adam", "adam"],
+        ["none", "none"],
+        ["~ adam", "adam"],
+        ["adam", "≈ adam"],
+        ["adam", "?"],
+        ["–", "–"],
+    ]
+    legend = " ".join(lines[24:])
+    assert "≈ not separated from another" in legend
+    assert "~ estimate" in legend
+    assert "best by" not in steps_table(runs, variant="adam")
+    assert "best by" not in steps_table([made(1, {"0": result()})])

@@ -58,8 +58,8 @@ def test_the_table_of_a_small_run(runs):
         "κ = 8.31e+07.\n"
         "κ = λ_max / smallest λ > 0 · at the median λ: λ_max / median λ > 0 · inactive:\n"
         "zero rows of H · mass: share of Σ|λ| ·\n"
-        "left out for width: λ_min, ‖g‖, forecast T = 100 · = exact · ≥ lower bound · !\n"
-        "eigenvalues at the zero tolerance: κ depends on it\n"
+        "left out for width: λ_min, ‖g‖, forecast T = 100 · = exact · ≥ lower bound ·\n"
+        "! eigenvalues at the zero tolerance: κ depends on it\n"
         "\n"
         "- Warning: demo text, not your data\n"
     )

@@ -1,0 +1,429 @@
+"""One block of one network, open while its variants are computed: they share all that is dear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hessdiag.blocks import WHOLE, Block
+from hessdiag.checkpoint.optimizer import OptimizerState
+from hessdiag.conditioning.bounds import never_exact
+from hessdiag.conditioning.diagonal import diagonal_gap
+from hessdiag.conditioning.spectrum import Inertia
+from hessdiag.curvature.convexity import convex_loss
+from hessdiag.curvature.objective import flatten
+from hessdiag.curvature.precision import gradient_noise, noise_of
+from hessdiag.errors import InputError
+from hessdiag.network import Network
+from hessdiag.progress import Event
+from hessdiag.quantity import Quantity
+from hessdiag.run import VariantResult
+from hessdiag.solve import (
+    Problem,
+    Solved,
+    dead_rows,
+    measure_noise,
+    positive_floor,
+    solve_exact,
+    solve_matrix_free,
+    without_noise,
+)
+from hessdiag.solve.matrix_free import DOUBT_MARGIN
+from hessdiag.solve.problem import DOUBT_FACTOR
+from hessdiag.variants.coordinates import Coordinates, congruence
+from hessdiag.variants.scene import Built, Iterates, Scene
+from hessdiag_probes.exact import assemble
+from hessdiag_probes.lanczos import lanczos
+from hessdiag_probes.random import generator, sphere
+from hessdiag_probes.types import CountedMatvec, Matvec, Vector
+
+HALF_STEPS = 20
+SQUARES = (1e-140, 1e140)  # numbers whose squares, and sums of them, float64 holds
+NOT_CONVEX = "the loss is not recognised as convex in the outputs, so nothing is claimed from that"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row in the order of work.
+
+    Attributes:
+        name: Of the block and, but for raw, its variant: fixes the random vectors.
+        step: Its place, from 1, and the number of rows.
+    """
+
+    name: str
+    step: tuple[int, int]
+
+
+class Opened:
+    """A block of a network; its products, matrix and noise are found when they are first used.
+
+    Attributes:
+        engine_name: What computes its products; empty until it is known.
+        products: Spent on its matrix.
+    """
+
+    def __init__(self, network: Network, block: Block, row: Row) -> None:
+        self.network = network
+        self.block = block
+        self.row = row
+        self.parameters = network.select(block.parameters)
+        self.exact = network.is_exact(block) or network.cut(block) is not None
+        self.engine_name = ""
+        self.products = 0
+
+    @cached_property
+    def product(self) -> Matvec:
+        """``v -> H v``, as cheap as it is to have."""
+        cut = self._known_matrix()
+        if cut is not None:
+            self.engine_name = "cut from whole"
+            return lambda v: (cut @ v.to(cut)).to(v)
+        engine = self.network.engine(self.network.objective, self.parameters)
+        self.engine_name = engine.name
+        return engine
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """H, assembled or cut from the whole network's; float64."""
+        cut = self._known_matrix()
+        if cut is not None:
+            return cut
+        like, size = self.parameters[0], self.block.size
+        watched = self.network.watched(self.product, self.row.name, self.row.step, size)
+        found = assemble(self.network.timed(watched), size, dtype=like.dtype, device=like.device)
+        self.products = found.matvecs
+        # The dense solves need the memory that the kept graphs hold.
+        matrix = found.matrix
+        self.__dict__["product"] = lambda v: (matrix @ v.to(matrix)).to(v)
+        if self.block.name == WHOLE:
+            self.network.take_matrix(self.block, matrix)
+        return matrix
+
+    def _known_matrix(self) -> Tensor | None:
+        """H from the whole network's matrix, where that is there."""
+        if self.block.name == WHOLE:
+            return self.network.matrix
+        return self.network.cut(self.block)
+
+    @cached_property
+    def gradient_error(self) -> Vector:
+        """The gradient's error by rounding, entry by entry."""
+        network = self.network
+        return gradient_noise(network.objective, self.parameters, narrow=network.narrow)
+
+    @cached_property
+    def loss_gradient(self) -> Vector:
+        """Of the loss alone, by p."""
+        return self.network.objective.gradient(self.parameters)
+
+    @cached_property
+    def position(self) -> Vector:
+        """The block's parameters p."""
+        return flatten([p.data for p in self.parameters])
+
+    @cached_property
+    def problem(self) -> Problem:
+        """The block as it is, raw."""
+        network, options = self.network, self.network.options
+        noise = measure_noise(
+            noise_of(network.objective, self.parameters, options.curvature, narrow=network.narrow),
+            self.product,
+            self.loss_gradient,
+            seed=options.seed,
+            name=self.row.name,
+            gradient=10 * float(self.gradient_error.norm()),
+        )
+        peak = float(noise.seen.max())
+        if peak > 0 and not SQUARES[0] < peak < SQUARES[1]:
+            raise InputError(
+                f"the Hessian's entries are near {peak:.0e}, whose squares leave the range of "
+                "float64; multiply the loss by a constant that brings them near 1"
+            )
+        decay = options.weight_decay
+        narrow = network.narrow or self.loss_gradient.dtype == torch.float32
+        return Problem(
+            name=self.row.name,
+            gradient=self.loss_gradient + decay * self.position,
+            position=self.position,
+            loss=network.loss,
+            attainable=network.loss + 0.5 * decay * float(self.position.square().sum()),
+            noise=noise,
+            eps=torch.finfo(torch.float32 if narrow else torch.float64).eps,
+            shift=decay,
+            damping=options.damping,
+            seed=options.seed,
+            floor=decay if self.semidefinite else None,
+        )
+
+    @cached_property
+    def semidefinite(self) -> bool:
+        """Whether H is known to have no negative eigenvalue, from the structure of the loss."""
+        if self.exact or self.network.options.curvature != "ggn":
+            return False
+        return convex_loss(self.network.objective, self.parameters)
+
+    @cached_property
+    def dead(self) -> Tensor:
+        """Which rows of H are zero or rounding noise, (n,)."""
+        if self.exact:
+            return without_noise(self.matrix, self.problem.noise).dead
+        return dead_rows(self.problem.noise)[0]
+
+    def solve(self) -> tuple[Solved, int]:
+        """The row of raw, and the products it took."""
+        problem = self.problem  # before the assembly: its noise is measured by the engine
+        if self.exact:
+            matrix = self.matrix
+            return self._certified(solve_exact(matrix, problem)), self.products
+        solved, products = self._matrix_free(self.product, problem, self.row)
+        return self._certified(solved), products
+
+    def scene(
+        self,
+        raw: VariantResult,
+        optimizer: OptimizerState | None = None,
+        iterates: Iterates = (),
+        *,
+        decoupled: bool = False,
+    ) -> Scene:
+        """What coordinates of the block are made from.
+
+        Args:
+            raw: Its row.
+            optimizer: State of the checkpoint.
+            iterates: Of the trajectory.
+            decoupled: Weight decay is no part of what they are made for.
+        """
+        alive = ~self.dead
+        decay = 0.0 if decoupled else self.network.options.weight_decay
+        matrix = None
+        if self.exact:
+            matrix = without_noise(self.matrix, self.problem.noise).matrix
+            matrix.diagonal().add_(decay)
+        product = self.product
+
+        def cleaned(vector: Vector) -> Vector:
+            mask = alive.to(vector)
+            return mask * product(mask * vector) + decay * vector
+
+        return Scene(
+            block=self.block,
+            named=self.network.named,
+            objective=self.network.objective,
+            options=self.network.options,
+            optimizer=optimizer,
+            changed=self.network.changed,
+            product=CountedMatvec(cleaned),
+            matrix=matrix,
+            rows=raw.rows,
+            dead=self.dead,
+            iterates=iterates,
+            cache=self.network.cache,
+        )
+
+    def solve_in(
+        self, built: Built, raw: VariantResult, row: Row, *, decoupled: bool
+    ) -> tuple[Solved, int]:
+        """The row in other coordinates, and the products it took.
+
+        Args:
+            built: The coordinates.
+            raw: The row of raw, whose signs are theirs too.
+            row: To be.
+            decoupled: Weight decay acts on z: PᵀHP + λI in place of Pᵀ(H + λI)P.
+        """
+        options = self.network.options
+        coordinates, decay = built.coordinates, options.weight_decay
+        view = self._view(coordinates, 0.0 if decoupled else decay)
+        problem = self._transformed(coordinates, view, row, decoupled=decoupled)
+        # Signs are those of raw by Sylvester's law; a shift of z's own is no congruence.
+        congruent = not (decoupled and decay)
+        if not self.exact:
+            if congruent:
+                problem = replace(problem, positive=raw["n_positive"])
+            solved, products = self._matrix_free(view(self.product), problem, row)
+            return self._certified(solved), products
+        cleaned = without_noise(self.matrix, self.problem.noise)
+        lost = torch.zeros_like(cleaned.doubt)
+        if bool((cleaned.doubt > 0).any()):
+            lost = congruence(self.matrix - cleaned.matrix, coordinates).norm(dim=1)
+        if congruent:
+            problem = replace(problem, inertia=stored_inertia(raw))
+        matrix = cleaned.matrix
+        if not decoupled:
+            matrix.diagonal().add_(decay)
+        found = solve_exact(congruence(matrix, coordinates), replace(problem, doubt=lost))
+        return self._certified(found), 0
+
+    def _view(self, coordinates: Coordinates, decay: float) -> Callable[[Matvec], Matvec]:
+        """``H -> Pᵀ (H + decay) P`` on products, the dead rows of H zeroed."""
+        alive = ~self.dead
+
+        def seen(product: Matvec) -> Matvec:
+            def through(vector: Vector) -> Vector:
+                p = coordinates.apply(vector)
+                mask = alive.to(vector)
+                return coordinates.transposed(mask * product(mask * p) + decay * p)
+
+            return through
+
+        return seen
+
+    def _transformed(
+        self,
+        coordinates: Coordinates,
+        view: Callable[[Matvec], Matvec],
+        row: Row,
+        *,
+        decoupled: bool,
+    ) -> Problem:
+        """The block's problem in coordinates z, p = P z."""
+        network, raw = self.network, self.problem
+        decay = network.options.weight_decay
+        position = coordinates.inverse(self.position)
+        gradient = coordinates.transposed(self.loss_gradient)
+        wrong = coordinates.transposed(self.gradient_error)
+        if decoupled:
+            gradient = gradient + decay * position
+            attainable = raw.loss + 0.5 * decay * float(position.square().sum())
+        else:
+            gradient = gradient + decay * coordinates.transposed(self.position)
+            attainable = raw.attainable
+        noise = measure_noise(
+            noise_of(
+                network.objective,
+                self.parameters,
+                network.options.curvature,
+                narrow=network.narrow,
+                view=view,
+            ),
+            view(self.product),
+            gradient,
+            seed=network.options.seed,
+            name=row.name,
+            gradient=10 * float(wrong.norm()),
+            vectors=1,  # dead rows are known; only the size of the noise is new
+        )
+        floor: float | None = None
+        if self.semidefinite:
+            least = coordinates.least() or 0.0
+            floor = decay if decoupled else decay * least
+        return replace(
+            raw,
+            name=row.name,
+            gradient=gradient,
+            position=position,
+            attainable=attainable,
+            noise=noise,
+            shift=decay if decoupled else 0.0,
+            floor=floor,
+            doubt=None if self.exact else self._lost(coordinates, row),
+        )
+
+    def _lost(self, coordinates: Coordinates, row: Row) -> Vector:
+        """What zeroing rows that may be real may have taken from PᵀHP, by one product."""
+        noise = self.problem.noise
+        real = self.dead & (noise.seen > DOUBT_FACTOR * noise.rows.clamp_min(noise.block))
+        if not bool(real.any()):
+            return torch.zeros_like(self.loss_gradient)
+        unit = sphere(
+            self.block.size,
+            generator=generator(self.network.options.seed, row.name, "doubt"),
+            dtype=self.position.dtype,
+            device=self.position.device,
+        ) * (self.block.size**0.5)
+        seen = self.product(coordinates.apply(unit))
+        return DOUBT_MARGIN * coordinates.transposed(seen * real.to(seen))
+
+    def _matrix_free(self, product: Matvec, problem: Problem, row: Row) -> tuple[Solved, int]:
+        network = self.network
+        budget = replace(network.budget(self.block), deadline=network.deadline)
+        if network.options.curvature == "ggn" and not self.semidefinite:
+            budget = replace(budget, reasons=(*budget.reasons, NOT_CONVEX))
+        most = budget.products(self.block.size)
+        watched = network.watched(product, row.name, row.step, most)
+        solved, products = solve_matrix_free(watched, problem, budget)
+        network.report(Event(row.name, *row.step, products, products))
+        return solved, products
+
+    def _certified(self, solved: Solved) -> Solved:
+        if not self.network.narrow:
+            return solved
+        return Solved(never_exact(solved.values), solved.spectrum, solved.rows)
+
+    @cached_property
+    def diagonal_floor(self) -> float | None:
+        """What no diagonal brings κ below, of an exact positive definite block; else None."""
+        decay = self.network.options.weight_decay
+        matrix = without_noise(self.matrix, self.problem.noise).matrix
+        matrix.diagonal().add_(decay)
+        return positive_floor(matrix, self.problem)
+
+    def diagonal_gap(self, solved: Solved, built: Built | None = None) -> Quantity:
+        """By which factor another diagonal could still lower κ, at most (maths 5.3)."""
+        shifted = built is not None and built.decoupled and self.network.options.weight_decay > 0
+        turned = built is not None and not built.coordinates.diagonal
+        kappa, negative = solved.values["kappa"], solved.values["n_negative"]
+        if not self.exact or shifted or turned or self.network.narrow:
+            return Quantity.absent()
+        if not isinstance(kappa, Quantity) or kappa.value is None:
+            return Quantity.absent()
+        if not isinstance(negative, Quantity) or negative.high != 0:
+            return Quantity.absent()
+        bound = None if built is None else built.diagonal_bound
+        return diagonal_gap(kappa, self.diagonal_floor, bound=bound)
+
+    def half_ratio(self, solved: Solved, built: Built | None = None) -> Quantity:
+        """λ_max on one half of the drawn examples over that on the other, by Lanczos."""
+        network = self.network
+        if not network.halves:
+            return Quantity.absent()
+        kappa = solved.values["kappa"]
+        if isinstance(kappa, Quantity) and kappa.status == "zero":
+            return Quantity.zero()  # the halves hold rounding noise
+        decay = network.options.weight_decay
+        # What of the decay is inside the products, and what is added to their eigenvalues.
+        inside = decay if built is not None and not built.decoupled else 0.0
+        tops = []
+        for half in network.halves:
+            product: Matvec = network.engine(half, self.parameters)
+            if built is not None:
+                product = self._view(built.coordinates, inside)(product)
+            start = sphere(
+                self.block.size,
+                generator=generator(network.options.seed, self.block.name, "half ratio"),
+                dtype=self.parameters[0].dtype,
+                device=self.parameters[0].device,
+            )
+            run = lanczos(product, start, min(HALF_STEPS, self.block.size), converged=network.late)
+            tops.append(float(run.ritz().value[-1]) + decay - inside)
+        if min(tops) <= 0 or network.late():
+            return Quantity.unresolved()
+        return Quantity.estimate(tops[0] / tops[1])
+
+
+def stored_inertia(row: VariantResult) -> Inertia | None:
+    """The signs that the row of raw counted, or None where it counted none for certain."""
+    positive, negative = row["n_positive"], row["n_negative"]
+    ends = (
+        *(positive.value, negative.value, positive.low, positive.high),
+        *(negative.low, negative.high),
+    )
+    if any(end is None for end in ends):
+        return None
+    return Inertia(
+        positive=round(positive.value),
+        negative=round(negative.value),
+        positive_low=round(positive.low),
+        positive_high=round(positive.high),
+        negative_low=round(negative.low),
+        negative_high=round(negative.high),
+        margin_above=row["margin_above"],
+        margin_below=row["margin_below"],
+        ambiguous=bool(row["ambiguous"]),
+    )

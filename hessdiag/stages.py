@@ -1,0 +1,119 @@
+"""The networks of a run, one after the other: the checkpoint's own, then the changed ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hessdiag.blocks import WHOLE, Block
+from hessdiag.curvature.objective import Objective
+from hessdiag.data import join
+from hessdiag.explained import Explained
+from hessdiag.names import layer_of
+from hessdiag.network import Network
+from hessdiag.rows import FAILURES, Rows, Stage, why
+from hessdiag.selfcheck import run_selfchecks
+from hessdiag.task import Units
+from hessdiag.variants.grammar import ORIGINAL, OTHER_FUNCTIONS, RAW, Variant, parse_variant
+from hessdiag.variants.networks import Changed, changed_network
+from hessdiag.variants.scene import NotApplicable
+
+
+def compute_stages(
+    rows: Rows,
+    network: Network,
+    blocks: Sequence[Block],
+    explained: Explained,
+    units: Units,
+) -> list[str]:
+    """Every row of a run.
+
+    Args:
+        rows: Takes them.
+        network: The checkpoint's own, prepared.
+        blocks: Its blocks, in the order of the table.
+        explained: Takes H_e under every variant.
+        units: Of the task, which weigh its batches.
+    Returns:
+        Warnings for the whole run.
+    """
+    groups: dict[str, list[Variant]] = {ORIGINAL: []}
+    for name in network.options.variants or (RAW,):
+        variant = parse_variant(name)
+        groups.setdefault(variant.network, []).append(variant)
+    warnings: list[str] = []
+    for name, variants in groups.items():
+        bare_first = sorted(variants, key=lambda variant: variant.coordinates != RAW)
+        if name == ORIGINAL:
+            rows.compute(Stage(network, blocks, bare_first))
+            explained.add(network, bare_first)
+        else:
+            warnings += _changed(rows, network, blocks, bare_first, explained, units)
+    return warnings
+
+
+def _changed(
+    rows: Rows,
+    network: Network,
+    blocks: Sequence[Block],
+    variants: Sequence[Variant],
+    explained: Explained,
+    units: Units,
+) -> list[str]:
+    """The rows of a changed network."""
+    name, options = variants[0].network, network.options
+    same = name not in OTHER_FUNCTIONS
+    try:
+        with changed_network(name, network.objective, options, units=units) as changed:
+            other = Network(changed.objective, options, network.report, changed=True)
+            own = [_own_block(block, changed, network, other) for block in blocks]
+            names = [n for block in own if block.skipped is None for n in block.parameters]
+            checks = run_selfchecks(
+                changed.objective,
+                other.select(list(dict.fromkeys(names))),
+                curvature=options.curvature,
+                seed=options.seed,
+            )
+            halves = _halves(network, changed)
+            other.prepare(changed.objective.value(), checks, halves)
+            other.deadline = network.deadline
+            rows.compute(Stage(other, own, variants, same_function=same, notes=changed.notes))
+            explained.add(other, variants, changed.changed)
+            return [f"{name}: {notice}" for notice in checks.notices]
+    except NotApplicable as reason:
+        rows.skip(blocks, variants, str(reason), dtype=options.dtype, same_function=same)
+    except FAILURES as error:
+        failure = why(error)
+        rows.skip(blocks, variants, failure, dtype=options.dtype, same_function=same, failed=True)
+    return []
+
+
+def _halves(network: Network, changed: Changed) -> list[Objective]:
+    """Both halves of the data, each in one batch where the change joined all into one."""
+    joined = len(changed.objective.batches.items) < len(network.objective.batches.items)
+    found = []
+    for half in network.halves:
+        batches = half.batches
+        if joined and len(batches.items) > 1:
+            batches = replace(batches, items=(join(batches.items),), shares=(1.0,))
+        found.append(Objective(half.model, changed.objective.loss, batches))
+    return found
+
+
+def _own_block(block: Block, changed: Changed, network: Network, other: Network) -> Block:
+    """A block of the changed network: without what is gone, with a bias that was put in."""
+    if block.skipped is not None:
+        return block
+    made = [name for name in other.named if name not in network.named]
+    names: list[str] = []
+    for name in block.parameters:
+        names += [] if name in changed.gone else [name]
+        layer = layer_of(name)
+        names += [new for new in made if layer_of(new) == layer and new not in names]
+    if not names:
+        reasons = dict.fromkeys(changed.gone[name] for name in block.parameters)
+        return replace(block, parameters=(), size=0, skipped="; ".join(reasons))
+    if block.name == WHOLE:
+        names = [name for name in other.named if name in names]
+    size = sum(other.named[name].numel() for name in names)
+    return replace(block, parameters=tuple(names), size=size)
