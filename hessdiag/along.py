@@ -23,6 +23,11 @@ from hessdiag.run import VariantResult
 from hessdiag.trajectory import cosines, placed
 from hessdiag.variants.scene import Iterates
 
+GAUSS_NEWTON = (
+    "the cosines are those of the Gauss–Newton matrix's rows (--curvature ggn), and the residual "
+    "is that of its quadratic model"
+)
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -126,4 +131,5 @@ def cosines_at(
             )
     except HessdiagError as error:
         return {}, [f"there are no cosines: {' '.join(str(error).split())}"]
-    return found, []
+    told = [GAUSS_NEWTON] if network.options.curvature == "ggn" else []
+    return found, told
