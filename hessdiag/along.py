@@ -36,17 +36,19 @@ class Trajectory:
     Attributes:
         iterates: By ascending step.
         reference: Parameters at p* by their first names; None where it is the analysed point.
+        digest: Hash of the parameters at p*, or None.
     """
 
     iterates: tuple[Iterate, ...] = ()
     reference: Mapping[str, Tensor] | None = None
+    digest: str | None = None
 
     @property
     def fingerprint(self) -> dict[str, str | None]:
         """Hashes of both, None where there is none."""
         return {
             "iterates": digest(self.iterates) if self.iterates else None,
-            "reference": None if self.reference is None else hash_tensors(self.reference),
+            "reference": self.digest,
         }
 
     def readers(self, model: nn.Module) -> Iterates:
@@ -74,13 +76,14 @@ def find_trajectory(options: Options, model: nn.Module, *, trust: bool) -> Traje
         return Trajectory()
     iterates = tuple(find_iterates(options.iterates, model, trust=trust))
     if options.reference is None:
-        return Trajectory(iterates)
+        here = {clean_name(name): p.data for name, p in model.named_parameters()}
+        return Trajectory(iterates, digest=hash_tensors(here))
     weights = match_weights(read_checkpoint(options.reference, trust=trust), model).weights
     reference = {
         clean_name(name): weights[name].detach().to(parameter.device, parameter.dtype)
         for name, parameter in model.named_parameters()
     }
-    return Trajectory(iterates, reference)
+    return Trajectory(iterates, reference, hash_tensors(reference))
 
 
 def cosines_at(

@@ -35,6 +35,7 @@ from hessdiag.store.folder import check_folder
 from hessdiag.store.write import check_target
 from hessdiag.task import Task, as_loss, units
 from hessdiag.variants.grammar import RAW
+from hessdiag.variants.optimizers import NO_FIXED_M
 
 NO_STATE = (
     "the checkpoint holds no optimizer state, so the variant optimizer is left out; "
@@ -258,7 +259,8 @@ class Analysis:
         if self.checkpoint is None or self.checkpoint.optimizer is None:
             return None
         state = map_optimizer(self.checkpoint.optimizer, model, self.task.optimizer)
-        if state.unmappable:
+        # Of a class without an M nothing would be read, however it was mapped.
+        if state.unmappable and state.class_name not in NO_FIXED_M:
             self.warnings.append(f"optimizer state is not used: {state.unmappable}")
         return state
 

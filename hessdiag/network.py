@@ -50,6 +50,7 @@ class Network:
         loss: Over the dataset.
         narrow: It casts to a narrower type somewhere.
         deadline: When to end with what is certified by then, of ``time.monotonic()``; or None.
+        batch_rows: Rows of each of the task's batches, where they were joined into one.
         cache: What the makers of coordinates keep from one block to the next.
     """
 
@@ -67,6 +68,7 @@ class Network:
         self.loss = 0.0
         self.narrow = False
         self.deadline: float | None = None
+        self.batch_rows: tuple[int, ...] = ()
         self.cache: dict[str, object] = {}
         self._budgets: dict[str, Budget] = {}
 

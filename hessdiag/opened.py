@@ -34,7 +34,7 @@ from hessdiag.solve import (
 )
 from hessdiag.solve.matrix_free import DOUBT_MARGIN
 from hessdiag.solve.problem import DOUBT_FACTOR
-from hessdiag.variants.coordinates import Coordinates, congruence
+from hessdiag.variants.coordinates import Coordinates, congruence, congruence_error
 from hessdiag.variants.scene import Built, Iterates, Scene
 from hessdiag_probes.exact import assemble
 from hessdiag_probes.lanczos import lanczos
@@ -223,6 +223,7 @@ class Opened:
             rows=raw.rows,
             dead=self.dead,
             iterates=iterates,
+            batch_rows=self.network.batch_rows,
             cache=self.network.cache,
         )
 
@@ -257,7 +258,10 @@ class Opened:
         matrix = cleaned.matrix
         if not decoupled:
             matrix.diagonal().add_(decay)
-        found = solve_exact(congruence(matrix, coordinates), replace(problem, doubt=lost))
+        problem = replace(
+            problem, doubt=lost, rounding=congruence_error(matrix, coordinates, problem.eps)
+        )
+        found = solve_exact(congruence(matrix, coordinates), problem)
         return self._certified(found), 0
 
     def _view(self, coordinates: Coordinates, decay: float) -> Callable[[Matvec], Matvec]:

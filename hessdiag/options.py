@@ -129,7 +129,8 @@ def _listed(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
         raise OptionError(f"{name} is {value!r}; it must be text or a list of text")
     items = tuple(part.strip() for part in parts if part.strip())
     if not items:
-        raise OptionError(f"{name} is empty; give at least one, such as {name}='layer'")
+        example = "raw" if name == "variants" else "layer"
+        raise OptionError(f"{name} is empty; give at least one, such as {name}={example!r}")
     return items
 
 

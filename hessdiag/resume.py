@@ -87,9 +87,9 @@ def begin(
         known = ({} if stored is None else finished_rows(stored)) | journal.finished
         finished = {key: done for key, done in known.items() if still_good(done, options)}
         journal.finished = dict(finished)
-        complete = journal.header.complete(finished)
-        if complete:
-            report(Event(message=f"resuming: {complete} of {len(blocks)} blocks were finished"))
+        count, told = journal.header.progress(finished)
+        if count:
+            report(Event(message=f"resuming: {told} were finished"))
         return Begun(None, finished, journal, replace=force or stored is not None)
     except BaseException:
         journal.release()

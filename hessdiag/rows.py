@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -243,7 +244,11 @@ class Rows:
                 solved = self._with_symmetries(opened, solved)
             solved.values["diagonal_gap"] = opened.diagonal_gap(solved, built)
         except NotApplicable as reason:
-            self._put(block, variant, self._empty(stage, block, " ".join(str(reason).split())))
+            empty = self._empty(stage, block, " ".join(str(reason).split()))
+            if variant.coordinates == "optimizer" and self.optimizer is not None:
+                known = {"optimizer_class": self.optimizer.class_name}
+                empty = VariantResult({**empty.values, **known})
+            self._put(block, variant, empty)
         except FAILURES as error:
             failed = self._failed(stage, block, variant, why(error))
             self._put(block, variant, failed)
@@ -252,9 +257,24 @@ class Rows:
             cost: dict[str, Value] = {"products": products, "seconds": seconds}
             fixed = self._fixed(stage, block)
             values = fixed | _of(built) | solved.values | cost
+            told = [str(note) for note in solved.values["notes"]]  # type: ignore[union-attr]
+            values["notes"] = [*told, *stage.notes, *self._own_rank(stage, block, values)]
             self._put(block, variant, VariantResult(values, solved.spectrum, solved.rows))
         self.timings[label] = time.perf_counter() - started
         self.engines[label] = opened.engine_name
+
+    def _own_rank(self, stage: Stage, block: Block, values: Mapping[str, Value]) -> list[str]:
+        """What a reader of ``kappa_quantile`` must know of a changed network (maths 1.3)."""
+        original = self.done.get((block.name, RAW))
+        if not stage.network.changed or original is None or original["skipped"] is not None:
+            return []
+        own, raw = values["n_positive"], original["n_positive"]
+        if not isinstance(own, Quantity) or own.value is None or raw.value in (None, own.value):
+            return []
+        return [
+            f"κ at a quantile counts this network's own {own.value:g} positive eigenvalues; "
+            f"raw has {raw.value:g}"
+        ]
 
     def _known(self, block: Block, variant: Variant) -> bool:
         """Whether the row was finished before; it is taken over then."""
@@ -285,9 +305,16 @@ class Rows:
 
     def _take_matrix_back(self, stage: Stage, whole: Block) -> None:
         """What was assembled before an interruption, where its own row is finished."""
-        network = stage.network
-        finished = (whole.name, RAW) in self.finished
-        if self.journal is None or network.changed or not finished or not self._left(stage):
+        network, bare = stage.network, Variant(stage.variants[0].network)
+        finished = (whole.name, bare.key) in self.finished
+        if self.journal is None or not finished or not self._left(stage):
+            return
+        if network.changed:
+            if network.is_exact(whole):
+                # Not kept; assembled again, so that its layers cost no products of their own.
+                opened = Opened(network, whole, Row(row_label(whole.name, bare.key), self._step()))
+                with suppress(*FAILURES):
+                    network.take_matrix(whole, opened.matrix)
             return
         matrix = self.journal.load_matrix(whole.size)
         if matrix is not None:
@@ -310,7 +337,8 @@ class Rows:
             (block.name, variant.key) not in self.finished
             for block in stage.blocks
             for variant in stage.variants
-            if block.skipped is None and (block.name, variant.key) != (WHOLE, RAW)
+            if block.skipped is None
+            and (block.name, variant.key) != (WHOLE, Variant(variant.network).key)
         )
 
     def _compared(self, opened: Opened, solved: Solved, built: Built | None) -> Solved:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from hessdiag.blocks import WHOLE, Block
 from hessdiag.curvature.objective import Objective
-from hessdiag.data import join
+from hessdiag.data import join, row_count
 from hessdiag.explained import Explained
 from hessdiag.names import layer_of
 from hessdiag.network import Network
@@ -77,6 +77,9 @@ def _changed(
             halves = _halves(network, changed)
             other.prepare(changed.objective.value(), checks, halves)
             other.deadline = network.deadline
+            if len(changed.objective.batches.items) < len(network.objective.batches.items):
+                items = network.objective.batches.items
+                other.batch_rows = tuple(row_count(batch) for batch in items)
             rows.compute(Stage(other, own, variants, same_function=same, notes=changed.notes))
             explained.add(other, variants, changed.changed)
             return [f"{name}: {notice}" for notice in checks.notices]

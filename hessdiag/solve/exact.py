@@ -13,6 +13,7 @@ from hessdiag.conditioning.diagonal import diagonal_floor
 from hessdiag.conditioning.forecast import gd_forecast
 from hessdiag.conditioning.kappa import exact_quantities, rates
 from hessdiag.conditioning.spectrum import (
+    NOISE_FACTOR,
     ROUNDING_SHARE,
     ExactSpectrum,
     Inertia,
@@ -174,14 +175,20 @@ def _decompose(
     inertia = own if problem.inertia is None else problem.inertia
     found = eigh(active)
     value, vector = found.value, found.vector
-    tolerance = zero_tolerance(float(value.abs().max()), size, problem.eps, problem.noise.block)
+    # Eigenvalues are right to a share of τ, which must hold the congruence's errors, too.
+    spread = 0.0 if problem.rounding is None else float(problem.rounding.norm())
+    block = max(problem.noise.block, spread / (ROUNDING_SHARE * NOISE_FACTOR))
+    tolerance = zero_tolerance(float(value.abs().max()), size, problem.eps, block)
     error = torch.full_like(value, ROUNDING_SHARE * tolerance)
     definite = inertia.positive == size and not inertia.ambiguous
     if definite and not narrow and float(value[0]) < HUGE_RANGE * tolerance:
         scale = active.diagonal().clamp_min(torch.finfo(active.dtype).tiny).rsqrt()
         entry = _scaled_noise(problem, live, scale, "relative")
         certified = positive_spectrum(
-            active, entry_error=4 * problem.eps + 10 * entry / math.sqrt(size)
+            active,
+            entry_error=4 * problem.eps
+            + 10 * entry / math.sqrt(size)
+            + _relative_rounding(problem, live, scale),
         )
         if certified is not None:
             # Both solve the same matrix: each eigenvalue from where it is better known.
@@ -198,7 +205,7 @@ def _decompose(
             inertia=inertia,
             diagonal=active.diagonal().cpu().numpy(),
             frobenius=float(active.norm()),
-            noise=problem.noise.block,
+            noise=max(problem.noise.block, spread),
         ),
         vector,
         own,
@@ -218,6 +225,14 @@ def _scaled_noise(problem: Problem, live: Tensor, scale: Vector, purpose: str) -
     mask = live.to(like.device)
     probe[mask] = scale.to(like) * unit
     return float((scale.to(like) * problem.noise.error(probe)[mask]).norm())
+
+
+def _relative_rounding(problem: Problem, live: Tensor, scale: Vector) -> float:
+    """The largest error of an entry by the change of coordinates, of unit-diagonal A."""
+    if problem.rounding is None:
+        return 0.0
+    errors = problem.rounding[live][:, live].to(scale)
+    return float((scale[:, None] * errors * scale).max())
 
 
 def _with_zeros(
@@ -292,7 +307,10 @@ def _extremes(spectrum: ExactSpectrum, vector: Tensor, live: Tensor) -> dict[str
 def _rows(matrix: Tensor, problem: Problem, doubt: Vector) -> dict[str, Array]:
     """Row norms and diagonal, weight decay included, with their rounding bounds."""
     norm, diagonal = matrix.norm(dim=1), matrix.diagonal()
-    slack = doubt + 10 * problem.noise.rows.to(norm) + 4 * len(norm) ** 0.5 * problem.eps * norm
+    slack = doubt + 10 * problem.noise.rows.to(norm)
+    if problem.rounding is not None:
+        slack = slack + problem.rounding.to(norm).norm(dim=1)
+    slack = slack + 4 * len(norm) ** 0.5 * problem.eps * norm
     return {
         name: tensor.cpu().numpy().copy()
         for name, tensor in {

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hessdiag.conditioning.bounds import absent_quantities, unresolved_quantities, zero_quantities
 from hessdiag.conditioning.forecast import uniform_forecast
@@ -61,6 +62,8 @@ class Problem:
         floor: A lower bound on the eigenvalues of A + shift that its structure gives, or None.
         inertia: Of A, where that of another congruent matrix is known; None counts A's own.
         positive: Share of positive eigenvalues, where a congruent matrix's is known, or None.
+        rounding: Bounds on the errors of the entries of A by the change of coordinates, (n, n);
+            None where they are no more than those of any product.
         doubt: What A lacks of rows that were zeroed in other coordinates though they may be
             real: norms of its rows, (n,), or None.
     """
@@ -78,6 +81,7 @@ class Problem:
     floor: float | None = None
     inertia: Inertia | None = None
     positive: Quantity | None = None
+    rounding: Tensor | None = None
     doubt: Vector | None = None
 
 

@@ -62,9 +62,11 @@ class Header:
     created_at: str
     hessdiag_version: str
 
-    def complete(self, finished: Container[tuple[str, str]]) -> int:
-        """The number of blocks whose every variant is finished."""
-        return sum(all((b, v) in finished for v in self.variants) for b in self.blocks)
+    def progress(self, finished: Container[tuple[str, str]]) -> tuple[int, str]:
+        """How many rows are finished, and that in words: ``3 of 14 rows``, or blocks of raw."""
+        pairs = [(block, variant) for block in self.blocks for variant in self.variants]
+        count = sum(pair in finished for pair in pairs)
+        return count, f"{count} of {len(pairs)} {'rows' if len(self.variants) > 1 else 'blocks'}"
 
 
 @dataclass
@@ -155,11 +157,11 @@ class Journal:
             for index, block in enumerate(self.header.blocks):
                 # One may have been moved to its place a moment before the interrupt.
                 there |= {(block, v) for v in self.header.variants if block_name(index, v) in names}
-        complete, count = self.header.complete(there), len(self.header.blocks)
-        if not complete:
+        count, told = self.header.progress(there)
+        if not count:
             return None
         return (
-            f"{complete} of {count} blocks {'is' if complete == 1 else 'are'} finished and kept "
+            f"{told} {'is' if count == 1 else 'are'} finished and kept "
             f"in {self.folder}; the same command resumes"
         )
 
@@ -350,7 +352,7 @@ def open_run(path: str | Path) -> Run:
             merged = {v: result for part in parts for v, result in part.variants.items()}
             blocks.append(BlockResult(name, parts[0].parameters, merged))
     warning = (
-        f"unfinished: {header.complete(finished)} of {len(header.blocks)} blocks are finished; "
+        f"unfinished: {header.progress(finished)[1]} are finished; "
         f"the same `hessdiag analyze` resumes"
     )
     return Run(

@@ -70,6 +70,10 @@ class Affine:
         rounding = 4 * (self.mean.shape[1] + 8) * torch.finfo(torch.float64).eps
         return float(1 / largest.max()) * (1 - rounding)
 
+    def magnitude(self) -> Affine:
+        """|P|, for ``b = z_b - mu·z_w / s`` has nothing but that sign."""
+        return Affine(-self.mean.abs(), self.scale.abs(), self.outputs)
+
     def _split(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (…, sets, neurons, features) and biases (…, sets, neurons)."""
         sets, features = self.mean.shape

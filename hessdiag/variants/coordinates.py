@@ -42,6 +42,10 @@ class Coordinates(Protocol):
         """A lower bound on the smallest eigenvalue of PᵀP, or None where none is known."""
         ...
 
+    def magnitude(self) -> Coordinates:
+        """A map whose entries bound those of P in magnitude; all its entries are >= 0."""
+        ...
+
 
 @dataclass(frozen=True)
 class Diagonal:
@@ -74,6 +78,10 @@ class Diagonal:
     def least(self) -> float | None:
         """The smallest eigenvalue of PᵀP."""
         return float(self.scale.abs().min()) ** 2
+
+    def magnitude(self) -> Coordinates:
+        """|P|."""
+        return Diagonal(self.scale.abs())
 
 
 def identity(like: Tensor) -> Diagonal:
@@ -119,6 +127,10 @@ class Dense:
         """From the 2-norm of P⁻¹."""
         return float(torch.linalg.matrix_norm(self.inverted, ord=2)) ** -2
 
+    def magnitude(self) -> Dense:
+        """|P|."""
+        return Dense(self.matrix.abs(), self.inverted.abs())
+
 
 @dataclass(frozen=True)
 class Kronecker:
@@ -163,6 +175,12 @@ class Kronecker:
         sides = [side.least() or 0.0 for side in (self.left, self.right) if side is not None]
         return float(torch.tensor(sides, dtype=torch.float64).prod())
 
+    def magnitude(self) -> Coordinates:
+        """|L| ⊗ |R|."""
+        left = None if self.left is None else self.left.magnitude()
+        right = None if self.right is None else self.right.magnitude()
+        return Kronecker(left, right, self.rows, self.columns)
+
     def _sided(self, vector: Tensor, side: Callable[[Dense, Tensor], Tensor]) -> Tensor:
         found = vector.reshape(*vector.shape[:-1], self.rows, self.columns)
         if self.right is not None:
@@ -206,6 +224,10 @@ class Composed:
         first, then = self.first.least(), self.then.least()
         return None if first is None or then is None else first * then
 
+    def magnitude(self) -> Coordinates:
+        """The product of both, which bounds that of P."""
+        return Composed(self.first.magnitude(), self.then.magnitude())
+
 
 @dataclass(frozen=True)
 class Joined:
@@ -245,6 +267,10 @@ class Joined:
         known = [value for value in found if value is not None]
         return min(known) if len(known) == len(found) else None
 
+    def magnitude(self) -> Coordinates:
+        """Each part's own."""
+        return Joined([(places, part.magnitude()) for places, part in self.parts])
+
     def _each(self, vector: Tensor, side: Callable[[Coordinates, Tensor], Tensor]) -> Tensor:
         result = torch.empty_like(vector)
         for places, part in self.parts:
@@ -256,3 +282,23 @@ def congruence(matrix: Tensor, coordinates: Coordinates) -> Tensor:
     """``Pᵀ A P`` of a symmetric matrix (n, n), symmetrised."""
     found = coordinates.transposed(coordinates.transposed(matrix).mT)
     return (found + found.mT) / 2
+
+
+def congruence_error(matrix: Tensor, coordinates: Coordinates, eps: float) -> Tensor | None:
+    """Bounds on what rounding does to each entry of :func:`congruence`, (n, n).
+
+    ``10 √n ε |Pᵀ| |A| |P|``: what cancels in the sums, as the mean of an input far from zero does,
+    is not in the result but in its error. None for diagonal P, whose entries are single products.
+
+    Args:
+        matrix: A.
+        coordinates: P.
+        eps: Unit roundoff of the entries of A, no less than that of the sums.
+    Source:
+        Higham (2002), section 3.5; √n in place of n by Higham and Mary (2019).
+    """
+    if coordinates.diagonal:
+        return None
+    unit = 10 * len(matrix) ** 0.5 * eps
+    bound: Tensor = unit * congruence(matrix.abs(), coordinates.magnitude())
+    return bound

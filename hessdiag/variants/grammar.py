@@ -86,6 +86,11 @@ def parse_variant(text: str) -> Variant:
         OptionError: A name is unknown, or there are two of a kind; with the nearest name.
     """
     parts = [part.strip() for part in text.split("+")]
+    if not all(parts):
+        raise OptionError(
+            f"variant {text!r} has nothing on one side of '+'; write network, coordinates, or "
+            "network+coordinates, such as bn+adam"
+        )
     for part in parts:
         if part not in NETWORKS and part not in COORDINATES:
             known = [*COORDINATES, *NETWORKS]

@@ -79,7 +79,7 @@ def optimizer_coordinates(scene: Scene) -> Built:
     """``P = sqrt(M)`` of the optimizer that trained the checkpoint, from its stored state.
 
     A block inside one parameter group has M = diag(m), one that spans groups diag(lr m) with each
-    group's rate, ε, β and step. Dead rows have scale 1.
+    group's rate, ε, β and step. Dead rows without a second moment have scale 1.
 
     Raises:
         NotApplicable: There is no state, it is of another network, or no M follows from it.
@@ -169,7 +169,10 @@ def _built(scene: Scene, rule: Rule, held: _Held) -> Built:
         live = ~dead[place]
         _check(scaling, held.groups[name], live.to(scaling.m.device), name)
         zero[place] = scaling.zero.to(like.device)
-        m[place] = torch.where(live, rates[name] * scaling.m.to(like.device), m[place])
+        own = rates[name] * scaling.m.to(like.device)
+        # M is the optimizer's own on a dead row, too, for weight decay acts there.
+        kept = live | (own.isfinite() & (own > 0) & ~zero[place])
+        m[place] = torch.where(kept, own, m[place])
     scale = m.sqrt().to(like.dtype)
     if not bool((scale.isfinite() & (scale > 0)).all()):
         raise NotApplicable(f"M of {rule.title} leaves the range of {like.dtype} on this block")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
@@ -174,9 +174,9 @@ def _try(rule: Rule, group: Group) -> None:
 def gradients(scene: Scene) -> Samples:
     """Gradients of all parameters along the iterates, else of mini-batches at the checkpoint.
 
-    The iterates belong to the checkpoint's own network; a changed one takes mini-batches. A
-    single batch is cut into at most 16 slices of rows, as equal as can be (of two rows or more
-    where the network normalises over the batch).
+    The iterates belong to the checkpoint's own network; a changed one takes mini-batches, the
+    task's own also where the change joined them. A single batch is cut into at most 16 slices of
+    rows, as equal as can be (of two rows or more where the network normalises over the batch).
 
     Raises:
         NotApplicable: While they are computed: one is not finite, or an iterate does not fit.
@@ -186,6 +186,10 @@ def gradients(scene: Scene) -> Samples:
     items = scene.objective.batches.items
     if len(items) > 1:
         return Samples("minibatches", "of the task's mini-batches", _of(scene, items, cut=False))
+    if len(scene.batch_rows) > 1:
+        ends = list(accumulate(scene.batch_rows, initial=0))
+        parts = [take(items[0], slice(*pair)) for pair in pairwise(ends)]
+        return Samples("minibatches", "of the task's mini-batches", _of(scene, parts, cut=True))
     slices = _slices(scene, items[0])
     what = "of slices of the one batch" if len(slices) > 1 else "of the one batch, all the data"
     return Samples("minibatches", what, _of(scene, slices, cut=len(slices) > 1))

@@ -65,7 +65,7 @@ def _rotated(scene: Scene, *, right: bool) -> Built:
         buried = _dead(rotation, dead[name])
         zero += int(scaling.zero.sum())
         unscaled += int((scaling.zero & ~buried).sum())
-        root = torch.where(buried, 1.0, scaling.m.sqrt()).to(parameter.dtype)
+        root = torch.where(buried & scaling.zero, 1.0, scaling.m.sqrt()).to(parameter.dtype)
         scaled = Diagonal(root)
         rows, _ = matrix_shape(parameter)
         parts.append(
@@ -108,20 +108,15 @@ def _rotation(parameter: nn.Parameter, gradient: Tensor, *, right: bool) -> Kron
     turn_left, turn_right = rows <= SIDE_LIMIT, right and columns <= SIDE_LIMIT
     if not (turn_left or turn_right):
         return None
-    left, _, right_t = torch.linalg.svd(gradient.reshape(rows, columns), full_matrices=False)
+    matrix = gradient.reshape(rows, columns)
+    # The full SVD, as the method's: the basis of the null space enters M.
+    full = (rows <= columns or turn_left) and (columns <= rows or turn_right)
+    left, _, right_t = torch.linalg.svd(matrix, full_matrices=full)
     return Kronecker(
-        orthogonal(_completed(left)) if turn_left else None,
-        orthogonal(_completed(right_t.mT)) if turn_right else None,
+        orthogonal(left) if turn_left else None,
+        orthogonal(right_t.mT) if turn_right else None,
         *(rows, columns),
     )
-
-
-def _completed(basis: Tensor) -> Tensor:
-    """Orthonormal columns (d, k), up to sign, and d − k more."""
-    if basis.shape[0] == basis.shape[1]:
-        return basis
-    full: Tensor = torch.linalg.qr(basis, mode="complete").Q
-    return full
 
 
 def _moments(rotation: Kronecker | None, steps: Sequence[Tensor], group: dict[str, Any]) -> Scaling:

@@ -52,6 +52,7 @@ class Scene:
         iterates: Of the trajectory; empty without ``--iterates``.
         cache: Shared by all blocks and variants of this network: what was computed once (such as
             activations by layer) is kept here under a key of the maker's own.
+        batch_rows: Rows of each of the task's batches, where they were joined into one.
     """
 
     block: Block
@@ -66,6 +67,7 @@ class Scene:
     dead: Tensor
     iterates: Iterates
     cache: dict[str, object]
+    batch_rows: tuple[int, ...] = ()
 
     @property
     def model(self) -> nn.Module:

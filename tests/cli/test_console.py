@@ -30,7 +30,7 @@ def test_a_blocks_progress_is_told_under_its_printable_name(capsys):
         report(Event(block=NAME, index=1, count=2, done=1, total=3))
         report(Event(message=f"notice: {NAME}"))
     assert capsys.readouterr().err.splitlines() == [
-        f"block 1/2 {SHOWN}: 1 of 3 products",
+        f"row 1/2 {SHOWN}: 1 of 3 products",
         f"notice: {SHOWN}",
     ]
 

@@ -13,7 +13,7 @@ import time
 import pytest
 
 import processes
-from hessdiag.network import Network
+from hessdiag.opened import Opened
 from hessdiag_cli import __main__ as entry
 
 BLOCKS = processes.BLOCKS
@@ -44,19 +44,19 @@ def hessdiag(here, monkeypatch, capsys):
     return run
 
 
-ANALYZE = ("analyze", "model.pt", "--task-arg", "pause=0")
+ANALYZE = ("analyze", "model.pt", "--task-arg", "pause=0", "--variants", "raw")
 
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
     """A folder with three of seven blocks, and what the interrupted command said."""
-    folder, solve, said = tmp_path_factory.mktemp("interrupted"), Network.solve, io.StringIO()
+    folder, solve, said = tmp_path_factory.mktemp("interrupted"), Opened.solve, io.StringIO()
     processes.prepare(folder)
 
-    def stopping(network, block, *rest):
-        if block.name == "4":
+    def stopping(opened):
+        if opened.block.name == "4":
             signal.raise_signal(signal.SIGINT)
-        return solve(network, block, *rest)
+        return solve(opened)
 
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -64,7 +64,7 @@ def interrupted(tmp_path_factory):
         contextlib.redirect_stderr(said),
     ):
         patch.chdir(folder)
-        patch.setattr(Network, "solve", stopping)
+        patch.setattr(Opened, "solve", stopping)
         patch.setattr(sys, "argv", ["hessdiag", *ANALYZE, "-q"])
         with pytest.raises(SystemExit) as stopped:
             entry.main()
@@ -96,7 +96,7 @@ def test_the_same_command_resumes_with_a_notice(unfinished, here, hessdiag):
     code, out, err = hessdiag(*ANALYZE)
     assert code == 0
     assert "resuming: 3 of 7 blocks were finished" in err
-    assert "block 1/7" not in err
+    assert "row 1/7" not in err
     assert hessdiag("show", "model.h5")[1] == out
     assert not (here / "model.h5.parts").exists()
 

@@ -153,7 +153,7 @@ def test_signals_end_an_analysis_with_130_and_143_and_leave_nothing_behind(tmp_p
     try:
         for number, process in running.items():
             for line in process.stderr:
-                if line.startswith("block 1/"):  # at work: the self-checks are over
+                if line.startswith("row 1/"):  # at work: the self-checks are over
                     break
             process.send_signal(number)
             out, err = process.communicate(timeout=30)

@@ -236,7 +236,12 @@ def test_a_memory_budget_that_changes_numbers_is_another_analysis(tmp_path):
 
 def test_a_run_with_a_density_is_stored_and_resumed(tmp_path):
     task = quadratics.quadratic_task(torch.diag(torch.linspace(1, 30, 30, dtype=DOUBLE)))
-    options = {"blocks": "whole,parameter", "exact_limit": 0, "density": True}
+    options = {
+        "blocks": "whole,parameter",
+        "exact_limit": 0,
+        "density": True,
+        "variants": "raw,jacobi",
+    }
     path = tmp_path / "run.h5"
     whole = analyze(task, output=path, **options)
     assert validate_run(path) == []
@@ -348,14 +353,14 @@ def test_random_vectors_belong_to_a_block_not_to_its_place(tanh_task, order):
 def test_a_block_that_fails_is_a_row_with_its_reason_and_the_others_survive(
     tanh_task, monkeypatch, error
 ):
-    solve = hessdiag.network.solve_exact
+    solve = hessdiag.opened.solve_exact
 
     def failing(matrix, problem):
         if problem.name == "0":
             raise error
         return solve(matrix, problem)
 
-    monkeypatch.setattr(hessdiag.network, "solve_exact", failing)
+    monkeypatch.setattr(hessdiag.opened, "solve_exact", failing)
     run = analyze(tanh_task)
     assert "boom" in raw(run, "0")["skipped"]
     assert raw(run, "0")["kappa"] == Quantity.absent()
@@ -370,7 +375,7 @@ def test_a_block_without_memory_says_what_to_lower(tanh_task, monkeypatch):
     def failing(_matrix, _problem):
         raise MemoryError
 
-    monkeypatch.setattr(hessdiag.network, "solve_exact", failing)
+    monkeypatch.setattr(hessdiag.opened, "solve_exact", failing)
     run = analyze(tanh_task, blocks="2")
     assert "--exact-limit" in raw(run, "2")["skipped"]
 
@@ -591,11 +596,13 @@ def test_no_number_of_the_document_is_anything_but_finite(tanh_task, limit):
 
 
 def test_a_row_says_what_it_cost_and_how_it_was_made(tanh_task):
-    run = analyze(tanh_task)
+    run = analyze(tanh_task, variants="raw,jacobi")
     whole = raw(run, "whole")
     assert (whole["method"], whole["products"], whole["dtype"]) == ("exact", 43, "float64")
     assert whole["same_function"] is True
-    assert set(run.provenance.environment["seconds"]) == {"0", "2", "whole"}
+    rows = {"0", "2", "whole"}
+    rows |= {f"{name} [jacobi]" for name in rows}
+    assert set(run.provenance.environment["seconds"]) == rows
     assert run.provenance.environment["engine"]["0"] == "cut from whole"
     assert {"symmetry", "difference", "repeatability"} <= set(run.provenance.environment["checks"])
 

@@ -12,7 +12,7 @@ from hessdiag.options import Options, make_options, parse_size
 def test_the_defaults_are_the_contracts():
     options = make_options()
     assert options == Options()
-    assert (options.variants, options.blocks) == (("raw",), ("layer",))
+    assert (options.variants, options.blocks) == (None, ("layer",))
     assert (options.curvature, options.dtype, options.engine) == ("hessian", "float64", "auto")
     assert (options.steps, options.seed, options.exact_limit) == (40, 0, None)
 
@@ -21,7 +21,8 @@ def test_the_names_are_the_command_lines_with_underscores():
     assert list(inspect.signature(Options).parameters) == [
         "variants", "blocks", "curvature", "exact_limit", "steps", "probes", "density",
         "tolerance", "eigensolver", "max_seconds", "device", "dtype", "seed", "batch_size",
-        "max_examples", "weight_decay", "damping", "engine", "memory_budget",
+        "max_examples", "weight_decay", "damping", "engine", "memory_budget", "iterates",
+        "reference",
     ]  # fmt: skip
 
 
@@ -65,12 +66,12 @@ def test_what_is_no_size_is_refused(value):
     ("given", "message"),
     [
         ({"step": 3}, "no option 'step' \\(did you mean 'steps'\\?\\)"),
-        ({"variants": "adam"}, "unknown variant 'adam'"),
+        ({"variants": "adma"}, "unknown variant 'adma' \\(did you mean 'adam'"),
         ({"variants": "rawr"}, "did you mean 'raw'"),
         ({"variants": ""}, "variants is empty"),
         ({"blocks": [" "]}, "blocks is empty"),
         ({"blocks": None}, "it must be text or a list of text"),
-        ({"variants": [1]}, "it must be text or a list of text"),
+        ({"variants": [1, 2]}, "it must be text or a list of text"),
         ({"curvature": "fisher"}, "must be one of hessian, ggn"),
         ({"dtype": "float16"}, "must be one of float64, float32"),
         ({"engine": "fast"}, "must be one of auto, kept, recompute"),

@@ -13,9 +13,10 @@ from torch import nn
 
 import hessdiag.resume
 import sample_runs
-from hessdiag import Task, analyze, open_run
+from hessdiag import Task, open_run
+from hessdiag import analyze as analyze_all
 from hessdiag.errors import OutOfResources, StoreError
-from hessdiag.network import Network
+from hessdiag.opened import Opened
 from hessdiag.options import Options
 from hessdiag.rows import still_good
 from hessdiag.run import BlockResult, VariantResult
@@ -26,6 +27,11 @@ from hessdiag.store.parts import Finished
 from hessdiag.tables import summary_table
 
 ORDER = ["whole", "0", "2"]
+
+
+def analyze(task, **options):
+    """Of raw alone, so that a row is a block."""
+    return analyze_all(task, **{"variants": "raw"} | options)
 
 
 def build() -> Task:
@@ -95,17 +101,17 @@ def same(one, other):
 
 
 class Solving:
-    """Stands in for ``Network.solve``: counts, and does something at one block."""
+    """Stands in for ``Opened.solve``: counts, and does something at one block."""
 
     def __init__(self, monkeypatch, **at):
-        self.calls, self.at, self.solve = [], at, Network.solve
-        monkeypatch.setattr(Network, "solve", lambda network, *a: self(network, *a))
+        self.calls, self.at, self.solve = [], at, Opened.solve
+        monkeypatch.setattr(Opened, "solve", lambda opened: self(opened))
 
-    def __call__(self, network, block, *rest):
-        self.calls.append(block.name)
-        act = self.at.get(f"b{block.name}")
-        solved = self.solve(network, block, *rest)
-        return act(network, solved) if act else solved
+    def __call__(self, opened):
+        self.calls.append(opened.block.name)
+        act = self.at.get(f"b{opened.block.name}")
+        solved = self.solve(opened)
+        return act(opened.network, solved) if act else solved
 
 
 def interrupt(*_):
@@ -285,13 +291,13 @@ def test_no_time_at_all_begins_no_block_and_never_loses_one(task, undisturbed, p
 
 def test_without_max_seconds_there_is_no_deadline(task, monkeypatch):
     seen = []
-    solve = Network.solve
+    solve = Opened.solve
 
-    def watched(network, *rest):
-        seen.append(network.deadline)
-        return solve(network, *rest)
+    def watched(opened):
+        seen.append(opened.network.deadline)
+        return solve(opened)
 
-    monkeypatch.setattr(Network, "solve", watched)
+    monkeypatch.setattr(Opened, "solve", watched)
     analyze(task, blocks="2")
     analyze(task, blocks="2", max_seconds=1000)
     assert seen[0] is None
@@ -315,7 +321,7 @@ def test_a_row_that_time_cut_short_is_done_again_from_the_run_and_from_its_parts
 ):
     def limited(seconds, **at):
         with monkeypatch.context() as patch:
-            patch.setattr("hessdiag.rows.time.monotonic", lambda: 0.0)
+            patch.setattr("hessdiag.network.time.monotonic", lambda: 0.0)
             solving = Solving(patch, **at)
             try:
                 run = analyze(task, output=path, blocks="0,2", max_seconds=seconds)
@@ -451,7 +457,7 @@ def test_what_is_in_the_way_of_the_parts_is_refused_before_any_work(task, path, 
 def test_a_half_ratio_that_fails_is_a_note_of_its_row_and_costs_no_number(
     task, undisturbed, monkeypatch
 ):
-    monkeypatch.setattr(Network, "half_ratio", break_down)
+    monkeypatch.setattr(Opened, "half_ratio", break_down)
     run = analyze(task)
     for block in run.blocks:
         found = block.variants["raw"]
@@ -465,6 +471,27 @@ def test_a_row_that_time_cut_short_takes_no_more_products_for_the_ratio_of_its_h
     examples, status, task, monkeypatch
 ):
     Solving(monkeypatch, b2=cut_short)
-    monkeypatch.setattr(Network, "half_ratio", lambda *_: pytest.fail("took more time"))
+    monkeypatch.setattr(Opened, "half_ratio", lambda *_: pytest.fail("took more time"))
     run = analyze(task, blocks="2", max_examples=examples)
     assert run["2"].variants["raw"]["half_ratio"].status == status
+
+
+def test_rows_of_a_changed_network_are_the_same_after_an_interruption(task, path, monkeypatch):
+    variants = "raw,bn,bn+jacobi"
+    undisturbed = analyze_all(build(), variants=variants)
+    with monkeypatch.context() as first:
+        seen = []
+
+        def second(opened):
+            seen.append(opened.row.name)
+            if seen[-1] == "0 [bn]":
+                raise KeyboardInterrupt
+            return solve(opened)
+
+        solve = Opened.solve
+        first.setattr(Opened, "solve", second)
+        with pytest.raises(KeyboardInterrupt):
+            analyze_all(task, variants=variants, output=path)
+    assert "whole [bn]" in seen
+    resumed = analyze_all(task, variants=variants, output=path)
+    assert sample_runs.differences(quiet(resumed), quiet(undisturbed)) == []

@@ -6,13 +6,15 @@ import json
 from dataclasses import replace
 from functools import cache
 
+import mpmath
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import dense_oracle
 import hessdiag.rows
-from hessdiag import analyze
+from hessdiag import Task, analyze
 from hessdiag.run import row_label
 from hessdiag.variants.coordinates import Dense, Diagonal
 from hessdiag.variants.scene import Built, NotApplicable, Scene
@@ -204,3 +206,114 @@ def test_variants_of_a_zero_block_are_zero(makers):
     )
     run = analyze(task, variants="jacobi,adam", blocks="0")
     assert {r["kappa"].status for r in run["0"].variants.values()} == {"zero"}
+
+
+def far_inputs(ratio):
+    source = torch.Generator().manual_seed(3)
+    x = torch.randn(60, 5, generator=source, dtype=torch.float64)
+    return x + ratio * torch.rand(5, generator=source, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1e2, 1e4, 1e6])
+def test_what_cancels_in_a_change_of_parameters_is_in_its_error(ratio):
+    x = far_inputs(ratio)
+    net = nn.Sequential(nn.Linear(5, 1)).double()
+    task = Task(net, [(x, x[:, :1].sin())], nn.MSELoss())
+    run = analyze(task, variants="bnp", blocks="0")
+    # For squares PᵀHP is twice the second moments of the standardised inputs and of ones.
+    with mpmath.workdps(60):
+        columns = [[mpmath.mpf(float(v)) for v in column] for column in x.T]
+        centred = [[v - mpmath.fsum(c) / len(c) for v in c] for c in columns]
+        scaled = [
+            [v / mpmath.sqrt(mpmath.fsum(u * u for u in c) / len(c)) for v in c] for c in centred
+        ]
+        count = len(scaled)
+        moments = mpmath.matrix(count + 1, count + 1)
+        for i in range(count):
+            for j in range(count):
+                moments[i, j] = 2 * mpmath.fdot(scaled[i], scaled[j]) / len(x)
+        moments[count, count] = 2
+        truth = sorted(mpmath.eigsy(moments, eigvals_only=True))
+    found = run["0"].variants["bnp"]
+    for name, right in (("lambda_max", truth[-1]), ("lambda_min", truth[0])):
+        assert found[name].low <= right <= found[name].high, (name, found[name], right)
+    kappa = found["kappa"]
+    assert kappa.low <= truth[-1] / truth[0]
+    assert kappa.high is None or truth[-1] / truth[0] <= kappa.high
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("seed", [2, 25, 26, 28, 33])
+def test_a_semidefinite_block_stays_so_under_a_dense_change(seed, dtype):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(5, 3)).double()
+    x, y = torch.randn(37, 5).double(), torch.randint(0, 3, (37,))
+    task = Task(net, [(x, y)], nn.CrossEntropyLoss())
+    run = analyze(task, variants="kfac,shampoo", blocks="0", dtype=dtype)
+    known = analyze(task, variants="kfac,shampoo", blocks="0")
+    for name in ("kfac", "shampoo"):
+        found = run["0"].variants[name]
+        least = found["lambda_min"]
+        assert least.low <= 0 <= least.high, (name, least)
+        # P differs by rounding, which moves κ by no decade.
+        true = known["0"].variants[name]["kappa"]
+        assert found["kappa"].low is None or found["kappa"].low <= 3 * true.value, name
+
+
+def dead_unit():
+    torch.manual_seed(4)
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+    x = torch.randn(30, 4).double()
+    data = [(x, x[:, :2].sin())]
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2, weight_decay=DECAY)
+    for _ in range(12):
+        optimizer.zero_grad()
+        nn.MSELoss()(net(x), data[0][1]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        net[0].bias[0] = -1e3
+    return net, data, optimizer
+
+
+@pytest.mark.parametrize("variant", ["optimizer", "adamw"])
+def test_weight_decay_on_dead_rows_is_scaled_by_the_stored_second_moments(variant, tmp_path):
+    net, data, optimizer = dead_unit()
+    state = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state, tmp_path / "m.pt")
+    run = analyze(
+        Task(net, data, nn.MSELoss()),
+        checkpoint=tmp_path / "m.pt",
+        variants=variant,
+        blocks="0",
+        weight_decay=DECAY,
+    )
+    group = optimizer.param_groups[0]
+    scale, values = [], []
+    for p in (net[0].weight, net[0].bias):
+        held = optimizer.state[p]
+        corrected = held["exp_avg_sq"] / (1 - group["betas"][1] ** float(held["step"]))
+        scale.append((1 / (corrected.sqrt() + group["eps"])).sqrt().reshape(-1))
+        values.append(p.detach().reshape(-1))
+    change, p = torch.cat(scale).numpy(), torch.cat(values).numpy()
+    _, gradient, matrix, index = dense_oracle.dense(net, data, dense_oracle.squares, [30])
+    at = np.concatenate([index[n] for n in ("0.weight", "0.bias")])
+    scaled = change[:, None] * matrix[np.ix_(at, at)] * change
+    if variant == "adamw":
+        truth = scaled + DECAY * np.eye(len(at))
+        slope = change * gradient[at] + DECAY * p / change
+    else:
+        truth = scaled + DECAY * np.diag(change**2)
+        slope = change * (gradient[at] + DECAY * p)
+    found = run["0"].variants[variant]
+    expected = np.linalg.eigvalsh(truth)
+    np.testing.assert_allclose(
+        found.spectrum["eigenvalue"], expected, rtol=0, atol=1e-9 * expected[-1]
+    )
+    assert found["gradient_norm"] == pytest.approx(np.linalg.norm(slope), rel=1e-9)
+
+
+def test_a_joined_network_replays_the_tasks_own_batches():
+    case = dense_oracle.case("mlp tanh")
+    run = analyze(case.task(), variants="bn+adam", blocks="2")
+    notes = run["2"].variants["bn+adam"]["notes"]
+    assert any("3 gradients of the task's mini-batches" in note for note in notes)
