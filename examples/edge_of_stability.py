@@ -122,6 +122,8 @@ def main(show: Callable[[str], None] = print) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, help="fewer steps than 5000 per setting")
     steps = parser.parse_args().steps
+    if steps is not None and steps < EARLY + EVERY:
+        parser.error(f"--steps {steps}: a setting takes at least {EARLY + EVERY} steps")
     show(f"{'':<15}{f'step {EVERY}':>11}{f'median, minimum, maximum after {EARLY}':>38}")
     show(f"{'':<6}{'rate a':>9}{'ratio':>11}{'median':>9}{'min':>9}{'max':>9}{'last loss':>12}")
     for setting in SETTINGS:

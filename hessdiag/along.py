@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from hessdiag.blocks import WHOLE, Block
 from hessdiag.checkpoint import match_weights, read_checkpoint
-from hessdiag.errors import HessdiagError, OptionError
+from hessdiag.errors import OptionError
 from hessdiag.fingerprint import hash_tensors
 from hessdiag.iterates import Iterate, digest, find_iterates
 from hessdiag.names import clean_name
 from hessdiag.network import Network
 from hessdiag.opened import Opened, Row
 from hessdiag.options import Options
-from hessdiag.run import VariantResult
+from hessdiag.rows import FAILURES, Rows, why
 from hessdiag.trajectory import cosines, placed
+from hessdiag.variants.grammar import RAW
 from hessdiag.variants.scene import Iterates
 
 GAUSS_NEWTON = (
@@ -87,7 +88,7 @@ def find_trajectory(options: Options, model: nn.Module, *, trust: bool) -> Traje
 
 
 def cosines_at(
-    network: Network, trajectory: Trajectory, whole: Block, row: VariantResult | None
+    network: Network, trajectory: Trajectory, whole: Block, done: Rows
 ) -> tuple[dict[str, NDArray[np.float64]], list[str]]:
     """The cosines at p*, and warnings.
 
@@ -95,13 +96,14 @@ def cosines_at(
         network: The checkpoint's own.
         trajectory: With iterates.
         whole: The block of all trainable parameters.
-        row: What raw found for it at the analysed point, or None.
+        done: The rows; told where there are no cosines because something failed.
     Cost:
-        Those of one block of that size, unless ``row`` is p*'s own, and a product and a gradient
-        per iterate.
+        A product and a gradient per iterate, and those of one block of that size unless its row
+        at p* is done.
     """
     parameters = network.select(whole.parameters)
     values = [p.data for p in parameters]
+    row = done.done.get((whole.name, RAW))
     if trajectory.reference is not None:
         values = [trajectory.reference[name] for name in whole.parameters]
         row = None
@@ -116,23 +118,19 @@ def cosines_at(
                     "the row norms of the whole network are not known, so there are no cosines; "
                     "allow random probes (--probes 20)"
                 )
-            dead = opened.dead.cpu().numpy()
-            decay = network.options.weight_decay
-            live = {
-                key: np.where(dead & (decay == 0), 0.0, rows[key])
-                for key in ("norm", "norm_low", "norm_high")
-            }
             found = cosines(
                 network.objective,
                 dict(zip(whole.parameters, parameters, strict=True)),
                 trajectory.iterates,
                 product=opened.product,
-                rows=live,
+                rows=rows,
                 noise=torch.as_tensor(opened.problem.noise.rows),
-                weight_decay=decay,
+                weight_decay=network.options.weight_decay,
                 report=network.report,
+                stop=network.late,
             )
-    except HessdiagError as error:
-        return {}, [f"there are no cosines: {' '.join(str(error).split())}"]
+    except FAILURES as error:
+        done.failed.append("cosines")
+        return {}, [f"there are no cosines: {why(error)}"]
     told = [GAUSS_NEWTON] if network.options.curvature == "ggn" else []
     return found, told

@@ -217,15 +217,14 @@ class Analysis:
             self.warnings += compute_stages(rows, network, blocks, explained, count)
             along: dict[str, Any] = {}
             if trajectory.iterates:
-                along, told = cosines_at(
-                    network, trajectory, whole, rows.done.get((whole.name, RAW))
-                )
+                along, told = cosines_at(network, trajectory, whole, rows)
                 self.warnings += told
             record = environment(
                 device, switches, checks.to_json(), rows.engines, rows.timings, rows.failed
             )
             record["optimizer"] = _optimizer_record(optimizer)
             record["hidden"] = explained.reasons
+            record["limited"] = rows.limited
         run = Run(
             blocks=rows.results(blocks, listed),
             variants=listed,

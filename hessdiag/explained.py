@@ -9,6 +9,7 @@ import torch
 
 from hessdiag.activations import Layer, find_layers
 from hessdiag.blocks import Block
+from hessdiag.errors import OutOfTime
 from hessdiag.hidden import Change, affine_change
 from hessdiag.names import named_parameters
 from hessdiag.network import Network
@@ -48,6 +49,8 @@ class Explained:
             network: Prepared.
             variants: Of this network.
             changed: Layers that the change of the network alters; None for all.
+        Raises:
+            OutOfTime: The time is up; variants that are explained by then stay.
         """
         layers = {
             name: layer
@@ -56,8 +59,6 @@ class Explained:
         }
         observed: dict[str, Observed | str] = {}
         for variant in variants:
-            if network.late():
-                return
             if variant.coordinates == RAW:
                 chosen, changes = layers, None
             elif variant.coordinates in AFFINE:
@@ -65,17 +66,25 @@ class Explained:
                 chosen = {name: layers[name] for name in changes}
             else:
                 continue
-            if chosen:
-                self.results[variant.key] = tuple(
-                    explain_layers(
-                        network.objective,
-                        list(chosen.values()),
-                        changes,
-                        indices=self._indices(network),
-                        observed=observed,
-                        reasons=self.reasons,
+            # One pass serves all layers; with a limit on time each has its own, to end between.
+            found = list(chosen.values())
+            together = [found] if network.deadline is None else [[layer] for layer in found]
+            results: list[HiddenResult] = []
+            for some in together:
+                if network.late():
+                    raise OutOfTime(
+                        f"not begun within --max-seconds {network.options.max_seconds:g}"
                     )
+                results += explain_layers(
+                    network.objective,
+                    some,
+                    changes,
+                    indices=self._indices(network),
+                    observed=observed,
+                    reasons=self.reasons,
                 )
+            if results:
+                self.results[variant.key] = tuple(results)
 
     def _indices(self, network: Network) -> dict[str, int] | None:
         """The places of the layers' blocks in the table, where every layer has one."""

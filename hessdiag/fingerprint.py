@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from hessdiag.checkpoint.optimizer import OptimizerState
 from hessdiag.curvature.loan import bare
-from hessdiag.data import Batches, tensor_bytes
+from hessdiag.data import Batches, leaves, tensor_bytes
 from hessdiag.names import named_parameters
 from hessdiag.options import Options, exact_limit
 from hessdiag.task import Task
+from hessdiag.variants.grammar import REPLAYED, parse_variant
 
 # Options that change no number; device enters by its type, iterates and reference by what they
 # hold, and a row that max_seconds cut short says so in its notes.
@@ -51,8 +52,21 @@ def make_fingerprint(
         if name not in NEUTRAL:
             value = getattr(options, name)
             fields[name] = list(value) if isinstance(value, tuple) else value
+    if any(parse_variant(name).coordinates in REPLAYED for name in options.variants or ()):
+        fields["batches"] = _hash_in_order(batches)
     fields["exact_limit"] = exact_limit(options, device_type)
     return fields
+
+
+def _hash_in_order(batches: Batches) -> str:
+    """Of the batches one after the other: replayed gradients depend on how the data are cut."""
+    digest = hashlib.sha256()
+    for batch in batches.items:
+        for tensor in leaves(batch):
+            digest.update(json.dumps([list(tensor.shape), str(tensor.dtype)]).encode())
+            digest.update(tensor_bytes(tensor))
+        digest.update(b"end of batch")
+    return digest.hexdigest()
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -66,14 +80,16 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _hash_optimizer(optimizer: OptimizerState | None) -> str | None:
-    if optimizer is None or optimizer.unmappable:
+    if optimizer is None:
         return None
     tensors: dict[str, Tensor] = {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             tensors[f"{parameter} {key}"] = torch.as_tensor(value)
-    groups = json.dumps(optimizer.groups, sort_keys=True, default=str)
-    return hashlib.sha256((hash_tensors(tensors) + groups).encode()).hexdigest()
+    # Class and groups decide how weight decay acts even where the state cannot be used.
+    about = [optimizer.groups, optimizer.class_name, optimizer.group_of, optimizer.unmappable]
+    told = json.dumps(about, sort_keys=True, default=str)
+    return hashlib.sha256((hash_tensors(tensors) + told).encode()).hexdigest()
 
 
 def _structure(model: nn.Module) -> str:

@@ -42,6 +42,8 @@ from hessdiag_probes.random import generator, sphere
 from hessdiag_probes.types import CountedMatvec, Matvec, Vector
 
 HALF_STEPS = 20
+COARSE = 1e-9
+"""A congruence that rounding spoils by more, relative to the matrix, is made from products."""
 SQUARES = (1e-140, 1e140)  # numbers whose squares, and sums of them, float64 holds
 NOT_CONVEX = "the loss is not recognised as convex in the outputs, so nothing is claimed from that"
 
@@ -258,11 +260,27 @@ class Opened:
         matrix = cleaned.matrix
         if not decoupled:
             matrix.diagonal().add_(decay)
-        problem = replace(
-            problem, doubt=lost, rounding=congruence_error(matrix, coordinates, problem.eps)
-        )
-        found = solve_exact(congruence(matrix, coordinates), problem)
-        return self._certified(found), 0
+        seen, rounding = congruence(matrix, coordinates), None
+        spread = congruence_error(matrix, coordinates, problem.eps)
+        products = 0
+        if spread is not None:
+            rounding = spread
+            coarse = float(spread.norm()) > COARSE * float(seen.norm())
+            if coarse and built.source == "activations":
+                seen, rounding, products = self._by_products(view, row), None, self.block.size
+        problem = replace(problem, doubt=lost, rounding=rounding)
+        return self._certified(solve_exact(seen, problem)), products
+
+    def _by_products(self, view: Callable[[Matvec], Matvec], row: Row) -> Tensor:
+        """PᵀHP from products through P, where the means of far inputs cancel inside the network.
+
+        In the assembled H they have drowned the rest already.
+        """
+        network, size, like = self.network, self.block.size, self.parameters[0]
+        engine = network.engine(network.objective, self.parameters)
+        watched = network.watched(view(engine), row.name, row.step, size)
+        timed = network.timed(watched)
+        return assemble(timed, size, dtype=like.dtype, device=like.device).matrix
 
     def _view(self, coordinates: Coordinates, decay: float) -> Callable[[Matvec], Matvec]:
         """``H -> Pᵀ (H + decay) P`` on products, the dead rows of H zeroed."""

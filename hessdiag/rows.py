@@ -24,7 +24,7 @@ from hessdiag.store.parts import Finished
 from hessdiag.symmetries import find_symmetries
 from hessdiag.variants.coordinates import identity
 from hessdiag.variants.decay import trained_decoupled
-from hessdiag.variants.grammar import RAW, Variant
+from hessdiag.variants.grammar import RAW, Variant, parse_variant
 from hessdiag.variants.registry import MAKERS
 from hessdiag.variants.scene import Built, Iterates, NotApplicable
 
@@ -39,8 +39,10 @@ FinishedRows = Mapping[tuple[str, str], Finished]
 
 
 def finished_rows(run: Run) -> dict[tuple[str, str], Finished]:
-    """The rows of a stored run that hold numbers: neither failed nor without anything to do."""
+    """The rows of a stored run that need not be computed again; some do not apply."""
     record = run.provenance.environment
+    again = set(record.get("failed", ()))
+    limited = set(record.get("limited", ()))
     limit = run.provenance.config.get("max_seconds")
     return {
         (block.name, variant): Finished(
@@ -52,7 +54,8 @@ def finished_rows(run: Run) -> dict[tuple[str, str], Finished]:
         )
         for block in run.blocks
         for variant, result in block.variants.items()
-        if result["skipped"] is None
+        if row_label(block.name, variant) not in again
+        and parse_variant(variant).network not in limited
     }
 
 
@@ -70,9 +73,14 @@ def still_good(done: Finished, options: Options) -> bool:
 
 def is_complete(run: Run, options: Options) -> bool:
     """Whether a stored run of the same fingerprint leaves nothing to do."""
-    return not run.provenance.environment.get("failed") and all(
-        still_good(done, options) for done in finished_rows(run).values()
-    )
+    record = run.provenance.environment
+    if record.get("failed"):
+        return False
+    # What memory did not allow is tried again with another budget only.
+    budget = run.provenance.config.get("memory_budget")
+    if record.get("limited") and options.memory_budget != budget:
+        return False
+    return all(still_good(done, options) for done in finished_rows(run).values())
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,7 @@ class Rows:
         done: By (block, variant).
         engines: By row, what computed its products; filled on the way.
         timings: By row, seconds; filled on the way.
+        limited: Changes of the network that memory did not allow.
         failed: Rows that apply and have no numbers: they raised, or were not begun in time.
     """
 
@@ -120,6 +129,7 @@ class Rows:
     done: dict[tuple[str, str], VariantResult] = field(default_factory=dict)
     engines: dict[str, str] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
+    limited: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
     def results(self, blocks: Sequence[Block], variants: Sequence[str]) -> tuple[BlockResult, ...]:
@@ -290,9 +300,9 @@ class Rows:
 
     def _keep(self, block: Block, variant: Variant) -> None:
         result = self.done[block.name, variant.key]
-        if self.journal is None or result["skipped"] is not None:
-            return
         label = row_label(block.name, variant.key)
+        if self.journal is None or label in self.failed:
+            return
         self.journal.add(
             Finished(
                 BlockResult(block.name, block.parameters, {variant.key: result}),
@@ -420,7 +430,8 @@ def why(error: BaseException) -> str:
         return str(error)
     if is_out_of_memory(error):
         return "failed: out of memory; lower --exact-limit or --memory-budget"
-    return " ".join(f"failed: {type(error).__name__}: {error}".split())
+    kind = "" if isinstance(error, HessdiagError) else f"{type(error).__name__}: "
+    return " ".join(f"failed: {kind}{error}".split())
 
 
 def _check_finite(built: Built, opened: Opened) -> None:

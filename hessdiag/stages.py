@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from hessdiag.blocks import WHOLE, Block
@@ -16,7 +16,7 @@ from hessdiag.selfcheck import run_selfchecks
 from hessdiag.task import Units
 from hessdiag.variants.grammar import ORIGINAL, OTHER_FUNCTIONS, RAW, Variant, parse_variant
 from hessdiag.variants.networks import Changed, changed_network
-from hessdiag.variants.scene import NotApplicable
+from hessdiag.variants.scene import NotApplicable, NotEnoughMemory
 
 
 def compute_stages(
@@ -46,7 +46,7 @@ def compute_stages(
         bare_first = sorted(variants, key=lambda variant: variant.coordinates != RAW)
         if name == ORIGINAL:
             rows.compute(Stage(network, blocks, bare_first))
-            explained.add(network, bare_first)
+            warnings += _explained(explained, network, bare_first, "the network", rows.failed)
         else:
             warnings += _changed(rows, network, blocks, bare_first, explained, units)
     return warnings
@@ -81,13 +81,33 @@ def _changed(
                 items = network.objective.batches.items
                 other.batch_rows = tuple(row_count(batch) for batch in items)
             rows.compute(Stage(other, own, variants, same_function=same, notes=changed.notes))
-            explained.add(other, variants, changed.changed)
-            return [f"{name}: {notice}" for notice in checks.notices]
+            told = _explained(explained, other, variants, name, rows.failed, changed.changed)
+            return [*(f"{name}: {notice}" for notice in checks.notices), *told]
+    except NotEnoughMemory as reason:
+        rows.skip(blocks, variants, str(reason), dtype=options.dtype, same_function=same)
+        rows.limited.append(name)
     except NotApplicable as reason:
         rows.skip(blocks, variants, str(reason), dtype=options.dtype, same_function=same)
     except FAILURES as error:
         failure = why(error)
         rows.skip(blocks, variants, failure, dtype=options.dtype, same_function=same, failed=True)
+    return []
+
+
+def _explained(
+    explained: Explained,
+    network: Network,
+    variants: Sequence[Variant],
+    name: str,
+    failed: list[str],
+    changed: Collection[str] | None = None,
+) -> list[str]:
+    """Explain the layers; what fails there is a warning, and costs no row its numbers."""
+    try:
+        explained.add(network, variants, changed)
+    except FAILURES as error:
+        failed.append(f"H_e of {name}")
+        return [f"H_e of {name} is not complete: {why(error)}"]
     return []
 
 

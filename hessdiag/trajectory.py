@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hessdiag.cosine_summary import LARGE
 from hessdiag.curvature.engines import free_memory
 from hessdiag.curvature.objective import Objective, flatten
-from hessdiag.errors import InputError, OutOfResources
+from hessdiag.errors import InputError, OutOfResources, OutOfTime
 from hessdiag.iterates import Iterate
 from hessdiag.progress import Event, Report
 from hessdiag_probes.types import Matvec, Vector
@@ -39,6 +39,7 @@ def cosines(
     noise: Vector | None = None,
     weight_decay: float = 0.0,
     report: Report | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> dict[str, NDArray[Any]]:
     """cos∠(h_i, p_t - p*) of every row of the full Hessian at p* and every iterate p_t.
 
@@ -56,12 +57,14 @@ def cosines(
             roundoff of the dtype alone.
         weight_decay: λ, on the diagonal of H and, times p, in the gradients.
         report: Told of every iterate.
+        stop: Whether the time is up, asked before every iterate.
     Returns:
         The arrays of ``/cosines`` (``docs/file-format.md``). The gradients' root mean square is
         over the iterates at which the gradient is finite.
     Raises:
         CheckpointError: An iterate cannot be read, or does not fit; the message names it.
         InputError: There are no iterates, or an iterate is too far away to be measured.
+        OutOfTime: ``stop`` said so.
         OutOfResources: The cosines do not fit into memory.
     Cost:
         One product and one gradient per iterate, one gradient more, and 25 bytes per iterate and
@@ -89,6 +92,10 @@ def cosines(
     )
     squares, finite = torch.zeros_like(here), 0
     for t, iterate in enumerate(iterates):
+        if stop is not None and stop():
+            raise OutOfTime(
+                f"the time was up after {t} of {len(iterates)} iterates; allow more --max-seconds"
+            )
         if report is not None:
             report(Event(message=f"cosines: iterate {t + 1} of {len(iterates)}"))
         values = iterate.load(objective.model)

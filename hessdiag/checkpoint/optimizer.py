@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hessdiag.checkpoint.alignment import align
 from hessdiag.checkpoint.contents import is_optimizer
 from hessdiag.errors import TaskError
-from hessdiag.names import named_parameters
+from hessdiag.names import clean_name, named_parameters
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 Slots = list[list[str | None]]
@@ -122,6 +122,7 @@ def _slots(
                 f"its parameter names are not the model's: {', '.join(unknown[:4])}"
                 f"{', …' if len(unknown) > 4 else ''} ({len(unknown)} of {len(flat)})"
             )
+        _check_one_place(flat, renamed, model)
         return [[first[renamed[name]] for name in group] for group in names], "names"
     if own is not None:
         _check_alike(own, stored)
@@ -142,6 +143,22 @@ def _slots(
         f"it is for {count} parameters and the model has {len(everything)} "
         f"({len(trainable)} trainable); give the task optimizer=..."
     )
+
+
+def _check_one_place(flat: list[str], renamed: Mapping[str, str], model: nn.Module) -> None:
+    """Refuse names of some parameters that fit others as well, counted from a submodule."""
+    shapes = {name: p.shape for name, p in named_parameters(model, aliases=True)}
+    if len(set(renamed.values())) == len(dict(named_parameters(model))):
+        return
+    own = [shapes[renamed[name]] for name in flat]
+    for prefix, _ in model.named_modules():
+        inside = [f"{clean_name(prefix)}.{name}" for name in flat]
+        elsewhere = prefix and inside != [renamed[name] for name in flat]
+        if elsewhere and [shapes.get(name) for name in inside] == own:
+            raise _UnmappableError(
+                f"its parameter names fit the network and its part {clean_name(prefix)!r} alike; "
+                "give the task optimizer=..., which tells whose they are"
+            )
 
 
 def _stored_names(stored: list[Mapping[str, Any]]) -> list[list[str]] | None:

@@ -247,7 +247,9 @@ def _shared_quantiles(
             fields[name] = Quantity.unresolved()
             errors.append(f"{name}: its eigenvalue is below the resolution")
             continue
-        fields[name] = _kappa(spectrum, span, middle.value, confidence=CONFIDENCE - failed)
+        fields[name] = _kappa(
+            spectrum, span, middle.value, confidence=round(CONFIDENCE - failed, 9)
+        )
         errors.append(f"{name}: {_errors(middle, span.low)}")
     return fields, "kappa_quantile at the ranks of raw " + ", ".join(errors)
 

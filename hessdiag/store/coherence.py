@@ -9,6 +9,7 @@ import numpy as np
 
 from hessdiag.run import HiddenResult
 
+BOUND_ROUNDING = 1e-3
 ROUNDING = 1e-9
 """Of a cosine or a descending order, relative to one."""
 
@@ -29,6 +30,9 @@ def hidden_problems(found: HiddenResult) -> Iterator[str]:
         yield f"kappa is {float(hidden['kappa'])!r}, below 1"
     if values is not None and "rank" in hidden and hidden["rank"] > len(values):
         yield f"rank is {float(hidden['rank']):g} of {len(values)} singular values"
+    slack = neurons.get("slack")
+    if slack is not None and (slack < 1 - BOUND_ROUNDING).any():
+        yield "slack has entries below 1, which no bound has"
     for name in ("s_positive", "s_negative", "s_zero"):
         if name in neurons and (neurons[name] < 0).any():
             yield f"{name} has negative entries"
@@ -42,6 +46,8 @@ def cosine_problems(cosines: Mapping[str, Any]) -> Iterator[str]:
         for low, high in ((f"{stem}_low", stem), (stem, f"{stem}_high")):
             if (cosines[low] > cosines[high]).any():
                 yield f"{low} exceeds {high}"
+    if (np.diff(cosines["step"]) <= 0).any():
+        yield "step does not ascend"
     valid = cosines["valid"]
     for name in ("cosine", "cosine_low", "cosine_high"):
         if (np.isnan(cosines[name]) == valid).any():

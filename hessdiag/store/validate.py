@@ -29,6 +29,8 @@ from hessdiag.store.schema import (
     datasets,
 )
 
+SOURCES = (None, "state", "iterates", "minibatches", "hessian", "activations")
+SHARE_ROUNDING = 1e-9
 ATTRIBUTES = ("created_at", "hessdiag_version")
 KINDS = {"float": "f", "int": "i", "bool": "i"}
 
@@ -66,6 +68,8 @@ def validate_run(path: str | Path) -> list[str]:
             return problems
         run = read_run(path)
     problems = []
+    if run.variants[:1] != ("raw",):
+        problems.append(f"the variants are {', '.join(run.variants)}; raw comes first")
     for block in run.blocks:
         for variant, result in block.variants.items():
             where = f"block {block.name!r}, variant {variant!r}"
@@ -215,6 +219,19 @@ def _result(result: VariantResult) -> Iterator[str]:
                 yield from (f"{name} {problem}" for problem in _quantity(quantity))
     yield from _counts(result)
     yield from _vectors(result)
+    yield from _origins(result)
+
+
+def _origins(result: VariantResult) -> Iterator[str]:
+    """What says where the coordinates come from."""
+    if result["source"] not in SOURCES:
+        yield f"source is {result['source']!r}, none of {', '.join(filter(None, SOURCES))}"
+    if not 0 <= result["zero_state"] <= max(result["size"], 0):
+        yield f"zero_state is {result['zero_state']} of {result['size']} parameters"
+    shares = result["off_diagonality"] or {}
+    for name, share in shares.items():
+        if not 0 <= share <= 1 + SHARE_ROUNDING:
+            yield f"off_diagonality_{name} is {share!r}, no share of one"
 
 
 def _quantity(quantity: Quantity) -> Iterator[str]:

@@ -168,8 +168,8 @@ def optimal(scene: Scene) -> Built:
     matrix = scene.matrix
     if matrix is None:
         raise NotApplicable(
-            f"takes an assembled block of at most {OPTIMAL_LIMIT} nonzero rows; ruiz is the "
-            "heuristic for larger ones"
+            f"{scene.block.size} parameters are above the exact limit; raise --exact-limit (to at "
+            f"most {OPTIMAL_LIMIT} nonzero rows), or take ruiz, the heuristic"
         )
     live = _live(scene, matrix.norm(dim=1))
     if not bool(live.any()):

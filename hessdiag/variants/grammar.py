@@ -58,6 +58,10 @@ COORDINATES: Mapping[str, str] = MappingProxyType(
 )
 """Changes of the parameters p = Pz, each with what it is."""
 
+OPTIMIZERS = ("adam", "adamw", "amsgrad", "nadam", "radam", "adamax", "adagrad", "rmsprop")
+REPLAYED = frozenset({*OPTIMIZERS, "shampoo", "adadiag", "adadiag2"})
+"""Coordinates that may be made from mini-batches, one after the other."""
+
 
 @dataclass(frozen=True)
 class Variant:

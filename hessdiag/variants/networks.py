@@ -28,7 +28,7 @@ from hessdiag.variants.insertion import (
     places,
     statistics,
 )
-from hessdiag.variants.scene import NotApplicable
+from hessdiag.variants.scene import NotApplicable, NotEnoughMemory
 from hessdiag.variants.tracing import Trace, trace
 
 SAME = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -215,7 +215,7 @@ def _check_memory(objective: Objective, options: Options) -> None:
         budget = free_memory(parameters[0].device) // 2
     needed = graph_bytes(objective, parameters, BUILD[options.curvature])
     if needed > budget:
-        raise NotApplicable(
+        raise NotEnoughMemory(
             f"bn needs the graph of the whole data at once, {needed / 2**20:.3g} MiB, and has "
             f"{budget / 2**20:.3g} MiB; raise --memory-budget, lower --max-examples, or take "
             "bn-detached"

@@ -224,7 +224,8 @@ def _rates(
         return factors, []
     rates = {name: _rate(held.groups[name], "lr") for name in found}
     notes = []
-    if not any(rates.values()):
+    decayed = not any(rates.values())
+    if decayed and all("initial_lr" in held.groups[name] for name in found):
         rates = {name: _rate(held.groups[name], "initial_lr") for name in found}
         notes.append("all learning rates have decayed to 0: M has the initial ones")
     for name, rate in rates.items():

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from hessdiag.variants.curvature import block_inverse, jacobi, optimal, rownorm, ruiz
+from hessdiag.variants.grammar import OPTIMIZERS
 from hessdiag.variants.kfac import kfac
 from hessdiag.variants.normalisation import bnp, bnp_floor, bnp_s, minmax, standardize
 from hessdiag.variants.optimizers import named_optimizer, optimizer_coordinates
@@ -17,7 +18,6 @@ from hessdiag.variants.shampoo import shampoo
 AFFINE = frozenset({"standardize", "minmax", "bnp", "bnp-floor"})
 """Coordinates that act on the inputs of a layer alike for all its neurons: they change H_e."""
 
-OPTIMIZERS = ("adam", "adamw", "amsgrad", "nadam", "radam", "adamax", "adagrad", "rmsprop")
 MAKERS: Mapping[str, Maker] = MappingProxyType(
     {
         "optimizer": optimizer_coordinates,

@@ -43,11 +43,13 @@ class Samples:
         source: ``iterates`` or ``minibatches``.
         what: The same in words, such as "at the iterates".
         each: Computes them, one after the other; no two are held at once.
+        most: How many there are, unless some are not finite and left out.
     """
 
     source: str
     what: str
     each: Iterator[Sample]
+    most: int
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ def _replay(scene: Scene, wanted: Sequence[str]) -> dict[str, Replayed | NotAppl
                     gradient = gradient.add(sample.position[name], alpha=decay)
                 RULES[rule].advance(states[rule][name], group, gradient)
     note = f"M replayed from {count} gradient{'s' * (count != 1)} {samples.what}"
+    if count < samples.most:
+        note += f", {samples.most - count} of the {samples.most} being not finite"
     if count == 1:
         note += "; M of a single gradient is 1/|g| and tells little of the rows of H"
     found = {
@@ -182,17 +186,21 @@ def gradients(scene: Scene) -> Samples:
         NotApplicable: While they are computed: one is not finite, or an iterate does not fit.
     """
     if scene.iterates and not scene.changed:
-        return Samples("iterates", "at the iterates", _along(scene))
-    items = scene.objective.batches.items
+        return Samples("iterates", "at the iterates", _along(scene), len(scene.iterates))
+    items, own = scene.objective.batches.items, "of the task's mini-batches"
     if len(items) > 1:
-        return Samples("minibatches", "of the task's mini-batches", _of(scene, items, cut=False))
+        return Samples(
+            "minibatches", "of the task's mini-batches", _of(scene, items, cut=False), len(items)
+        )
     if len(scene.batch_rows) > 1:
         ends = list(accumulate(scene.batch_rows, initial=0))
         parts = [take(items[0], slice(*pair)) for pair in pairwise(ends)]
-        return Samples("minibatches", "of the task's mini-batches", _of(scene, parts, cut=True))
+        return Samples(
+            "minibatches", "of the task's mini-batches", _of(scene, parts, cut=True), len(parts)
+        )
     slices = _slices(scene, items[0])
     what = "of slices of the one batch" if len(slices) > 1 else "of the one batch, all the data"
-    return Samples("minibatches", what, _of(scene, slices, cut=len(slices) > 1))
+    return Samples("minibatches", what, _of(scene, slices, cut=len(slices) > 1), len(slices))
 
 
 def _along(scene: Scene) -> Iterator[Sample]:

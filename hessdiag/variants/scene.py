@@ -29,6 +29,10 @@ class NotApplicable(Exception):
     """Why a variant says nothing about a block; the text becomes its ``skipped``."""
 
 
+class NotEnoughMemory(NotApplicable):
+    """The same for want of memory: another ``--memory-budget`` may do it."""
+
+
 @dataclass(frozen=True)
 class Scene:
     """One block of one network, for those who make coordinates of it.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import hessdiag.opened
 import hessdiag.resume
 import sample_runs
 from hessdiag import Task, open_run
@@ -269,7 +270,8 @@ def test_blocks_that_time_did_not_reach_are_rows_that_say_so_and_are_done_later(
     with monkeypatch.context() as first:
         Solving(first, bwhole=end_of_time)
         run = analyze(task, output=path, max_seconds=1e6)
-    assert run.provenance.environment["failed"] == ["0", "2"]
+    assert run.provenance.environment["failed"] == ["0", "2", "H_e of the network"]
+    assert any("H_e of the network" in warning for warning in run.provenance.warnings)
     for name in ("0", "2"):
         found = run[name].variants["raw"]
         assert found["skipped"] == "not begun within --max-seconds 1e+06"
@@ -282,7 +284,7 @@ def test_blocks_that_time_did_not_reach_are_rows_that_say_so_and_are_done_later(
 
 def test_no_time_at_all_begins_no_block_and_never_loses_one(task, undisturbed, path, folder):
     run = analyze(task, output=path, max_seconds=0)
-    assert run.provenance.environment["failed"] == ORDER
+    assert run.provenance.environment["failed"] == [*ORDER, "H_e of the network"]
     assert not folder.exists()
     same(analyze(task, output=path), undisturbed)
     reprinted = analyze(task, output=path, max_seconds=0)
@@ -495,3 +497,59 @@ def test_rows_of_a_changed_network_are_the_same_after_an_interruption(task, path
     assert "whole [bn]" in seen
     resumed = analyze_all(task, variants=variants, output=path)
     assert sample_runs.differences(quiet(resumed), quiet(undisturbed)) == []
+
+
+def test_what_does_not_apply_is_kept_too_and_a_resumed_run_assembles_nothing_again(
+    path, monkeypatch
+):
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 2, bias=False)]
+    task = Task(nn.Sequential(*layers), build().data, nn.MSELoss())
+    options = {"blocks": "0,2", "output": path, "variants": "raw,bnp"}
+    with monkeypatch.context() as first:
+        Solving(first, b2=interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            analyze_all(task, **options)
+    assembled = []
+    made = hessdiag.opened.assemble
+
+    def counted(product, size, **kind):
+        assembled.append(size)
+        return made(product, size, **kind)
+
+    monkeypatch.setattr(hessdiag.opened, "assemble", counted)
+    run = analyze_all(task, **options)
+    assert assembled == [8]
+    assert "no bias" in run["0"].variants["bnp"]["skipped"]
+
+
+def test_a_change_that_memory_did_not_allow_is_tried_again_with_another_budget(task, path):
+    options = {"variants": "raw,bn", "blocks": "2", "output": path}
+    small = analyze_all(task, memory_budget=1000, **options)
+    assert "raise --memory-budget" in small["2"].variants["bn"]["skipped"]
+    again = analyze_all(task, memory_budget=1000, **options)
+    assert again["2"].variants["bn"]["skipped"] is not None
+    large = analyze_all(task, memory_budget="4G", **options)
+    assert large["2"].variants["bn"]["skipped"] is None
+
+
+def test_h_e_that_fails_is_a_warning_and_costs_no_row(task, monkeypatch):
+    def broken(*_, **__):
+        raise ArithmeticError("no QR")
+
+    monkeypatch.setattr("hessdiag.explained.explain_layers", broken)
+    run = analyze_all(task, variants="raw,bn")
+    assert all(r["skipped"] is None for r in run["2"].variants.values())
+    assert "H_e of bn is not complete: failed: ArithmeticError: no QR" in run.provenance.warnings
+    assert run.hidden == {}
+
+
+def test_replayed_gradients_make_the_cut_of_the_data_part_of_the_analysis(task, path):
+    inputs, targets = task.data[0]
+    halves = replace(task, data=[(inputs[:7], targets[:7]), (inputs[7:], targets[7:])])
+    analyze_all(task, variants="raw,adam", output=path)
+    with pytest.raises(StoreError, match="batches"):
+        analyze_all(halves, variants="raw,adam", output=path)
+    other = path.with_name("other.h5")
+    analyze(task, output=other)
+    same(analyze(halves, output=other), open_run(other))

@@ -158,6 +158,34 @@ def test_names_counted_from_a_submodule_need_the_tasks_optimizer():
     assert "parameter names are not the model's: 0.1.weight" in refused.unmappable
 
 
+class Twin(nn.Module):
+    """Its part ``sub`` has parameters of the names and shapes of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.sub = nn.Linear(3, 3), nn.ModuleDict({"a": nn.Linear(3, 3)})
+
+    def forward(self, x):
+        return self.a(self.sub["a"](x))
+
+
+def test_names_that_fit_the_network_and_a_part_of_it_are_refused():
+    model = Twin()
+    raw, _ = trained(model, torch.optim.Adam(model.sub.named_parameters()))
+    refused = map_optimizer(raw, model, None)
+    assert "fit the network and its part 'sub' alike" in refused.unmappable
+
+    def make(m):
+        return torch.optim.Adam(m.sub.named_parameters())
+
+    raw, truth = trained(model, make(model))
+    found = map_optimizer(raw, model, make)
+    check(found, truth)
+    assert set(found.state) == {"sub.a.weight", "sub.a.bias"}
+    whole, truth = trained(model, torch.optim.Adam(model.named_parameters()))
+    check(map_optimizer(whole, model, None), truth)
+
+
 def test_a_single_group_maps_with_checked_shapes():
     model = net()
     raw, truth = trained(model, torch.optim.Adam(model.parameters()))

@@ -237,9 +237,13 @@ def test_what_cancels_in_a_change_of_parameters_is_in_its_error(ratio):
     found = run["0"].variants["bnp"]
     for name, right in (("lambda_max", truth[-1]), ("lambda_min", truth[0])):
         assert found[name].low <= right <= found[name].high, (name, found[name], right)
+        assert abs(found[name].value - right) <= 1e-8 * truth[-1]
     kappa = found["kappa"]
     assert kappa.low <= truth[-1] / truth[0]
+    # At 1e6 the signs of raw, which are those of every congruence, are not certain.
+    assert kappa.status == ("exact" if ratio < 1e6 else "lower-bound")
     assert kappa.high is None or truth[-1] / truth[0] <= kappa.high
+    assert found["products"] == (6 if ratio > 1e3 else 0)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
