@@ -16,6 +16,9 @@ from hessdiag.names import clean_name, named_parameters
 
 Kind = Literal["linear", "conv"]
 
+PATCH_NUMBERS = 2**23
+"""Of patches that are in memory at once, unless one sample has more."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -100,8 +103,8 @@ class Inputs:
     Attributes:
         rows: The vectors h that the weights meet, (positions, features): a row of H_eᵀ without
             its 1. Of a convolution: its patches, padding included.
-        samples: Number of samples in the batch; positions = samples · positions per sample,
-            in the order of the layer's input.
+        samples: Number of samples in the batch, or in this part of it; positions = samples ·
+            positions per sample, in the order of the layer's input.
         group: Of a convolution with groups, else 0.
     """
 
@@ -116,12 +119,15 @@ Visit = Callable[[Layer, Inputs], None]
 def visit_inputs(objective: Objective, layers: Collection[Layer], visit: Visit) -> dict[str, int]:
     """Show ``visit`` the inputs of these layers, batch by batch, in one pass over the data.
 
+    A batch of a convolution may come in several parts, of consecutive samples.
+
     Returns:
         How often each layer's forward is called in a batch, at most: 0 where its weights are used
         in another way (``out_proj`` of torch's attention), more than 1 where it is shared over
         time.
     Cost:
-        One forward pass; the inputs of one layer in one batch in memory.
+        One forward pass. Patches of a convolution are made for some samples at a time, 2²³ numbers
+        unless a sample has more.
     """
     most = {layer.name: 0 for layer in layers}
     for batch, _ in objective:
@@ -132,13 +138,33 @@ def visit_inputs(objective: Objective, layers: Collection[Layer], visit: Visit) 
             layer: Layer, value: Tensor, calls: dict[str, int] = calls, rows: int = rows
         ) -> None:
             calls[layer.name] += 1
-            for inputs in layer_inputs(layer, value.detach(), rows):
-                visit(layer, inputs)
+            for part, count in _parts(layer, value.detach(), rows):
+                for inputs in layer_inputs(layer, part, count):
+                    visit(layer, inputs)
 
         with watched(layers, seen):
             objective.evaluate(batch)
         most = {name: max(most[name], count) for name, count in calls.items()}
     return most
+
+
+def _parts(layer: Layer, value: Tensor, rows: int) -> Iterator[tuple[Tensor, int | None]]:
+    """Slices of a layer's input whose patches fit, each with the samples of the batch in it."""
+    if layer.kind == "linear" or value.ndim == layer.tensor.ndim - 1 or not len(value):
+        yield value, rows
+        return
+    # A place of the input is in at most as many patches as the kernel has places.
+    numbers = value[0].numel() * layer.tensor[0, 0].numel()
+    fits = PATCH_NUMBERS // max(numbers, 1)
+    per_sample, rest = divmod(len(value), rows) if rows else (1, 0)
+    if rest or not per_sample:
+        per_sample, rows = 1, 0
+    size = max(fits - fits % per_sample, per_sample)
+    if size >= len(value):
+        yield value, rows or None
+        return
+    for part in value.split(size):
+        yield part, len(part) // per_sample if rows else None
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from hessdiag.names import clean_name
 from hessdiag.network import Network
 from hessdiag.opened import Opened, Row
 from hessdiag.options import Options
-from hessdiag.rows import FAILURES, Rows, why
+from hessdiag.rows import Rows, why
 from hessdiag.trajectory import cosines, placed
 from hessdiag.variants.grammar import RAW
 from hessdiag.variants.scene import Iterates
@@ -129,7 +129,7 @@ def cosines_at(
                 report=network.report,
                 stop=network.late,
             )
-    except FAILURES as error:
+    except Exception as error:  # they stand beside the rows, and may cost none of them
         done.failed.append("cosines")
         return {}, [f"there are no cosines: {why(error)}"]
     told = [GAUSS_NEWTON] if network.options.curvature == "ggn" else []

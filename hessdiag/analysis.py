@@ -34,6 +34,7 @@ from hessdiag.stages import compute_stages
 from hessdiag.store.folder import check_folder
 from hessdiag.store.write import check_target
 from hessdiag.task import Task, as_loss, units
+from hessdiag.variants.decay import trained_decoupled
 from hessdiag.variants.grammar import RAW
 from hessdiag.variants.optimizers import NO_FIXED_M
 
@@ -79,9 +80,12 @@ def analyze(
             a note of the exception says so.
     Cost:
         n products for a block of n ≤ ``exact_limit`` parameters (the whole network's serve all
-        its layers); at most ``steps`` + 20 + ``probes`` for a larger one, 600 more with
-        ``density``, 20 on each half of the data with ``max_examples``. About 14 products of
-        self-checks and 8 per block for its noise.
+        its layers, and a change of parameters takes no more); at most ``steps`` + 20 +
+        ``probes`` for a larger one and each of its variants, 600 more with ``density``, 20 on
+        each half of the data with ``max_examples``. A change of the network costs all that
+        again. About 14 products of self-checks, 8 per row for its noise, and some for
+        symmetries; a pass over the data for H_e of each variant that changes it, and a
+        backward pass per neuron of a Linear layer; a product and a gradient per iterate.
     """
     if not isinstance(task, Task):
         raise OptionError(f"analyze needs a hessdiag.Task, not {type(task).__name__}")
@@ -222,9 +226,12 @@ class Analysis:
             record = environment(
                 device, switches, checks.to_json(), rows.engines, rows.timings, rows.failed
             )
-            record["optimizer"] = _optimizer_record(optimizer)
-            record["hidden"] = explained.reasons
-            record["limited"] = rows.limited
+            record |= {
+                "optimizer": _optimizer_record(optimizer),
+                "hidden": explained.reasons,
+                "symmetry_products": rows.symmetry_products,
+                "limited": rows.limited,
+            }
         run = Run(
             blocks=rows.results(blocks, listed),
             variants=listed,
@@ -289,6 +296,7 @@ def _optimizer_record(state: OptimizerState | None) -> dict[str, Any] | None:
         return None
     return {
         "class": state.class_name,
+        "decoupled": trained_decoupled(state),
         "mapped_by": state.mapped_by,
         "unmappable": state.unmappable,
         "parameters": len(state.state),

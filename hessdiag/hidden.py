@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,9 +12,12 @@ from torch import Tensor
 
 from hessdiag.activations import Inputs, Layer, visit_inputs
 from hessdiag.curvature.objective import Objective
+from hessdiag.feature_range import Range, stretch
 from hessdiag.names import clean_name
 from hessdiag.run import HiddenResult
-from hessdiag.variants.coordinates import Coordinates
+from hessdiag.streamed_qr import SLAB, StreamedQR
+from hessdiag.variants.affine import Affine
+from hessdiag.variants.coordinates import Coordinates, Joined
 from hessdiag_probes.random import gaussian, generator
 
 Array = NDArray[np.float64]
@@ -30,7 +32,8 @@ MOST_COLUMNS = 10**6
 """Above, the norms of the columns are not kept."""
 MEMORY = 2**30
 """Bytes for the triangular factors of one pass over the data."""
-SLAB = 4096
+NUMBERS = 2**22
+"""Of inputs that are looked at together."""
 CONSTANT = 10.0  # ε of the largest entry: a feature that varies less is constant
 CENTRED = 100.0  # ε of the raw feature: what centring leaves of a constant one
 SLACK = 100.0  # n ε (κ + κ'): what rounding may do to the comparison of two κ
@@ -107,16 +110,20 @@ def hidden_matrices(
 def _passes(layers: Collection[Layer], memory: int) -> Iterator[list[Layer]]:
     """The layers in groups whose triangular factors fit, each at least one layer."""
     together: list[Layer] = []
-    held = 0
+    held = working = 0
     for layer in layers:
         size = layer.features + 1
-        # The factor, and the rows that wait to be folded into it, twice while they are.
-        needs = 0 if size > MOST_FEATURES else 8 * layer.groups * size * (3 * size + 2 * SLAB)
-        if together and held + needs > memory:
+        factored = size <= MOST_FEATURES
+        rows = size + max(SLAB, size)  # the factor, and what waits to be folded into it
+        needs = 8 * layer.groups * size * rows if factored else 0
+        # LAPACK works on a copy of both, of one layer at a time.
+        folding = 16 * size * rows if factored else 0
+        if together and held + needs + max(working, folding) > memory:
             yield together
-            together, held = [], 0
+            together, held, working = [], 0, 0
         together.append(layer)
         held += needs
+        working = max(working, folding)
     if together:
         yield together
 
@@ -125,41 +132,6 @@ def _worst(groups: list[Streamed]) -> dict[str, Array]:
     """Of the group with the largest κ; of the first where none has one."""
     every = [streamed.arrays() for streamed in groups]
     return max(every, key=lambda arrays: float(np.nan_to_num(arrays["kappa"])))
-
-
-@dataclass
-class StreamedQR:
-    """R of a tall matrix that comes row by row: ``A = Q R``, Q never formed.
-
-    Householder's QR keeps each column to a relative error of its own, whatever the others.
-
-    Attributes:
-        columns: Of the matrix.
-    """
-
-    columns: int
-    _factor: Tensor | None = None
-    _waiting: list[Tensor] = field(default_factory=list)
-
-    def add(self, rows: Tensor) -> None:
-        """More rows, (any, columns), float64."""
-        for part in rows.split(SLAB):
-            self._waiting.append(part)
-            if sum(map(len, self._waiting)) >= max(SLAB, self.columns):
-                self._fold()
-
-    def result(self) -> Tensor:
-        """R, upper trapezoidal, (min(rows, columns), columns)."""
-        self._fold()
-        if self._factor is None:
-            return torch.zeros(0, self.columns, dtype=torch.float64)
-        return self._factor
-
-    def _fold(self) -> None:
-        if self._waiting:
-            held = [] if self._factor is None else [self._factor]
-            self._factor = torch.linalg.qr(torch.cat([*held, *self._waiting]), mode="r").R
-            self._waiting = []
 
 
 class Streamed:
@@ -172,8 +144,9 @@ class Streamed:
         self.factor = None if features + 1 > MOST_FEATURES else StreamedQR(features + 1)
         self._sum: Tensor | float = 0.0
         self._squares: Tensor | float = 0.0
-        self._given = _Range()
-        self._changed = _Range()
+        self._sizes: Tensor | float = 0.0  # of the inputs before the change, squared
+        self._given = Range()
+        self._changed = Range()
         self._columns: list[Tensor] = []
 
     @property
@@ -183,18 +156,23 @@ class Streamed:
 
     def add(self, rows: Tensor) -> None:
         """More columns of H_e, given as rows without their 1, (positions, features)."""
-        if not len(rows):
-            return
         self.eps = torch.finfo(rows.dtype).eps
-        given = rows.double()
+        for part in rows.split(max(1, NUMBERS // (rows.shape[1] + 1))):
+            if len(part):
+                self._add(part.double())
+
+    def _add(self, given: Tensor) -> None:
         seen = given if self.change is None else self.change(given)
-        self.positions += len(rows)
+        self.positions += len(given)
         self._given.add(given)
         self._changed.add(seen)
         self._sum = self._sum + seen.sum(dim=0)
-        self._squares = self._squares + seen.square().sum(dim=0)
+        squares = seen.square()
+        self._squares = self._squares + squares.sum(dim=0)
+        if self.change is not None:
+            self._sizes = self._sizes + given.square().sum(dim=0)
         if self.positions <= MOST_COLUMNS:
-            self._columns.append((seen.square().sum(dim=1) + 1).sqrt().cpu())
+            self._columns.append((squares.sum(dim=1) + 1).sqrt().cpu())
         if self.positions * (seen.shape[1] + 1) ** 2 > MOST_WORK:
             self.factor = None
         if self.factor is not None:
@@ -246,6 +224,9 @@ class Streamed:
         slack = SLACK * factor.shape[1] * self.eps * (kappa + reached)
         return {
             "singular_value": values.cpu(),
+            "input_error": torch.tensor(
+                self._input_error(dead) / float(values[0]), dtype=torch.float64
+            ),
             "kappa": torch.tensor(kappa, dtype=torch.float64),
             "rank": torch.tensor(float(rank), dtype=torch.float64),
             "centring_holds": torch.tensor(
@@ -253,40 +234,18 @@ class Streamed:
             ),
         }
 
+    def _input_error(self, dead: Tensor) -> float:
+        """What ε of the inputs, and of the mean that is taken off them, is in H_e: its 2-norm.
 
-class _Range:
-    """The least and the largest entry of each feature."""
-
-    def __init__(self) -> None:
-        self._low: Tensor | None = None
-        self._high: Tensor | None = None
-
-    def add(self, rows: Tensor) -> None:
-        low, high = rows.aminmax(dim=0)
-        self._low = low if self._low is None else torch.minimum(self._low, low)
-        self._high = high if self._high is None else torch.maximum(self._high, high)
-
-    @property
-    def finite(self) -> bool:
-        return bool(self.low.isfinite().all() and self.high.isfinite().all())
-
-    @property
-    def low(self) -> Tensor:
-        return _vector(self._low)
-
-    @property
-    def high(self) -> Tensor:
-        return _vector(self._high)
-
-    @property
-    def peak(self) -> Tensor:
-        return torch.maximum(self.low.abs(), self.high.abs())
-
-    def constant(self, tolerance: float) -> Tensor:
-        return self.high - self.low <= tolerance * self.peak
+        Where nothing is changed that is ε of H_e itself, which every factorisation errs by.
+        """
+        if self.change is None:
+            return 0.0
+        by = stretch(self._given, self._changed).masked_fill(dead, 0.0)
+        return self.eps * float((by * _vector(self._sizes).sqrt()).norm())
 
 
-def _vector(value: Tensor | float | None) -> Tensor:
+def _vector(value: Tensor | float) -> Tensor:
     return value.cpu() if isinstance(value, Tensor) else torch.zeros(0, dtype=torch.float64)
 
 
@@ -306,7 +265,7 @@ def rank_and_kappa(values: Tensor, size: int, eps: float) -> tuple[int, float]:
 
 
 def affine_change(coordinates: Coordinates, weight: Tensor, bias: Tensor | None) -> Change | None:
-    """What P does to the inputs of a layer, where it is a map of them: ``h' = D h + c``.
+    """What P does to the inputs of a layer, where it is a map of them: ``h' = D (h - mu)``.
 
     Then ``PᵀHP`` is the Hessian of the layer with the inputs h' and folded parameters, so that
     H_e' = PᵀH_e for every neuron.
@@ -316,9 +275,13 @@ def affine_change(coordinates: Coordinates, weight: Tensor, bias: Tensor | None)
         weight: Places of the weights in the block's vector, (outputs, features).
         bias: Places of the biases, (outputs,), or None.
     Returns:
-        The map, or None where P is no such map, differs between neurons, or changes nothing.
+        The map, which takes mu off first: ``D h + c`` would lose what the mean hides. None where
+        P is no such map, differs between neurons, or changes nothing.
     Cost:
         Three products with Pᵀ.
+    Source:
+        Of an :class:`hessdiag.variants.affine.Affine` mu is its own, to the last bit; of others
+        ``-c / D``, within three roundings.
     """
     size, device = coordinates.size, weight.device
 
@@ -342,4 +305,18 @@ def affine_change(coordinates: Coordinates, weight: Tensor, bias: Tensor | None)
         return None
     if bool((scale == 1).all() and (shift == 0).all()):
         return None
-    return lambda rows: rows * scale.to(rows) + shift.to(rows)
+    own = None if bias is None else _own_mean(coordinates, torch.cat([weight.reshape(-1), bias]))
+    mean = -shift / scale if own is None else own
+    return lambda rows: (rows - mean.to(rows)) * scale.to(rows)
+
+
+def _own_mean(coordinates: Coordinates, places: Tensor) -> Tensor | None:
+    """Mu of the part of P that is an ``Affine`` of just these places."""
+    if isinstance(coordinates, Joined):
+        for where, part in coordinates.parts:
+            if isinstance(part, Affine) and torch.equal(where.to(places), places):
+                return part.mean[0]
+    whole = torch.arange(coordinates.size, device=places.device)
+    if isinstance(coordinates, Affine) and torch.equal(whole, places):
+        return coordinates.mean[0]
+    return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,9 +19,43 @@ from hessdiag_probes.types import Vector
 
 VANISHES = {torch.float64: 1e-7, torch.float32: 1e-3}
 """What is left of terms that cancel, relative to the terms; rounding leaves 1e-8 times that."""
-MOST_PRODUCTS = 100
+MOST_PRODUCTS = 24
+"""Of one block: two for each kind of symmetry, and some for what does not hold."""
+TESTED = 2
+"""Products of one test, whatever number of claims it is of."""
+LOST = 1000
+"""Units in the last place that a product, or a difference of two, may be wrong by."""
 WITHOUT_EPS = 1e-10
 EPSILONS = ("eps", "variance_epsilon")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """``H d = image``, the second-order part of a symmetry.
+
+    Attributes:
+        places: Where d is not zero, in the block's vector, (k,).
+        direction: d there, (k,).
+        image: ``H d`` there, (k,), zero elsewhere; None where it is zero everywhere.
+    """
+
+    places: Tensor
+    direction: Vector
+    image: Vector | None = None
+
+    def times(self, factor: float) -> Claim:
+        """The same claim of ``factor d``."""
+        image = None if self.image is None else factor * self.image
+        return Claim(self.places, factor * self.direction, image)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Of a sum of claims: ``H d - image``, H of its twin, and what both may be wrong by."""
+
+    apart: Vector
+    twin: Vector
+    error: float
 
 
 @dataclass
@@ -33,14 +67,22 @@ class Probe:
         position: The parameters, flattened.
         gradient: Of the loss.
         tolerance: What ``H v`` of a unit vector may be by rounding alone.
+        most: Products that may be taken; None for as many as it needs.
+        late: Whether to take no more; None for never.
         products: How many were taken.
+        asked: Claims to settle so far.
+        untested: Those of them that ``most`` or ``late`` left open.
     """
 
     scene: Scene
     position: Vector
     gradient: Vector
     tolerance: float
+    most: int | None = None
+    late: Callable[[], bool] | None = None
     products: int = 0
+    asked: int = 0
+    untested: int = 0
 
     @cached_property
     def places(self) -> dict[str, Tensor]:
@@ -52,10 +94,22 @@ class Probe:
         """What counts as zero, relative to the terms that cancel."""
         return VANISHES[self.position.dtype]
 
-    def level(self, direction: Vector) -> bool:
+    @property
+    def negligible(self) -> float:
+        """What counts as zero in ``H v`` of a unit vector, beside a random one's."""
+        return self.small * self.tolerance / (LOST * torch.finfo(self.position.dtype).eps)
+
+    @cached_property
+    def signs(self) -> Vector:
+        """Random signs, which turn a direction into its twin."""
+        made = generator(self.scene.options.seed, self.scene.block.name, "symmetry twin")
+        like = self.position
+        return rademacher(len(like), generator=made, dtype=like.dtype, device=like.device)
+
+    def level(self, claim: Claim) -> bool:
         """Whether the gradient has no part along the direction, to rounding."""
-        terms = self.gradient * direction
-        drift = self.tolerance * float(self.position.norm()) * float(direction.norm())
+        terms = self.gradient[claim.places] * claim.direction
+        drift = self.tolerance * float(self.position.norm()) * float(claim.direction.norm())
         return abs(float(terms.sum())) <= self.small * float(terms.abs().sum()) + drift
 
     def balanced(self, left: Tensor, right: Tensor) -> bool:
@@ -65,27 +119,75 @@ class Probe:
         apart = (terms[left].sum(dim=1) - terms[right].sum(dim=1)).abs()
         return bool((apart <= sizes[left].sum(dim=1) + sizes[right].sum(dim=1)).all())
 
-    def maps(self, direction: Vector, image: Vector | None = None) -> bool:
-        """Whether ``H direction = image`` (0 by default).
+    def settle(self, claims: Sequence[Claim]) -> list[bool | None]:
+        """Which of the claims hold; None where products or time did not reach.
 
-        The yardstick is ``H`` of the same direction with random signs, which keeps no symmetry:
-        where that is rounding, too, nothing can be seen, and the answer is no.
+        Their sum with random coefficients is tested first: it holds where each of them does. A
+        sum that does not hold is halved, and of the second half the products are differences.
 
         Cost:
-            Two products.
+            Two products where all claims hold. Two for each of them at most, or four where the
+            differences would be rounding.
         """
-        if self.products >= MOST_PRODUCTS:
-            return False
-        made = generator(self.scene.options.seed, self.scene.block.name, "symmetry twin")
-        signs = rademacher(
-            len(direction), generator=made, dtype=direction.dtype, device=direction.device
-        )
-        size = float(self._product(direction * signs).norm())
-        if size <= self.tolerance * float(direction.norm()):
-            return False
+        factors = self.coefficients(len(claims), "claims")
+        every = [
+            claim.times(float(factor + factor.sign()))  # away from zero
+            for claim, factor in zip(claims, factors, strict=True)
+        ]
+        verdicts: list[bool | None] = [None] * len(every)
+        left: list[tuple[range, _Seen | None]] = [(range(len(every)), None)] if every else []
+        while left:
+            part, known = left.pop()
+            some = [every[index] for index in part]
+            seen = known or self._look(some)
+            if seen is None:
+                continue
+            holds = self._hold(some, seen)
+            if holds or len(some) == 1:
+                for index in part:
+                    verdicts[index] = holds
+                continue
+            middle = len(part) // 2
+            half = self._look(some[:middle])
+            rest = None if half is None else self._without(seen, half, some[middle:])
+            left += [(part[middle:], rest), (part[:middle], half)]
+        self.asked += len(every)
+        self.untested += verdicts.count(None)
+        return verdicts
+
+    def _look(self, claims: Sequence[Claim]) -> _Seen | None:
+        """The products for the sum of these claims, unless there may be no more."""
+        beyond = self.most is not None and self.products + TESTED > self.most
+        if beyond or (self.late is not None and self.late()):
+            return None
+        direction, image = torch.zeros_like(self.position), torch.zeros_like(self.position)
+        for claim in claims:
+            direction[claim.places] += claim.direction
+            if claim.image is not None:
+                image[claim.places] += claim.image
         found = self._product(direction)
-        apart = found if image is None else found - image
-        return float(apart.norm()) <= self.small * size
+        twin = self._product(direction * self.signs)
+        unit = LOST * torch.finfo(found.dtype).eps
+        return _Seen(found - image, twin, unit * float(found.norm() + twin.norm()))
+
+    def _hold(self, claims: Sequence[Claim], seen: _Seen) -> bool:
+        """Whether nothing is left of ``H d - image``, in all and at the places of each claim.
+
+        The yardstick is ``H`` of the same direction with random signs, which keeps no symmetry:
+        where that is rounding, too, nothing can be seen, and the answer is no. Each claim has its
+        own, for a large curvature of one would hide what is left of another.
+        """
+        twin, apart = _sizes(seen.twin, claims), _sizes(seen.apart, claims)
+        lengths = torch.stack([claim.direction.norm() for claim in claims])
+        drift = self.tolerance * torch.cat([lengths.norm()[None], lengths])[: len(twin)]
+        return bool(((twin > drift) & (apart <= self.small * twin)).all())
+
+    def _without(self, seen: _Seen, half: _Seen, rest: Sequence[Claim]) -> _Seen | None:
+        """What the rest of the claims gives by itself; None where rounding hides that."""
+        twin, error = seen.twin - half.twin, seen.error + half.error
+        if float(_sizes(twin, rest).min()) * self.small <= error:
+            return None
+        return _Seen(seen.apart - half.apart, twin, error)
 
     def coefficients(self, count: int, purpose: str) -> Vector:
         """Random numbers, for a combination of ``count`` directions."""
@@ -99,8 +201,21 @@ class Probe:
         return engine(vector)
 
 
+def _sizes(vector: Vector, claims: Sequence[Claim]) -> Tensor:
+    """The norm of a vector, and of its parts at the places of each of several claims."""
+    parts = [vector[claim.places] for claim in claims] if len(claims) > 1 else []
+    return torch.stack([part.norm() for part in (vector, *parts)])
+
+
 @contextmanager
-def probed(scene: Scene, gradient: Vector | None, tolerance: float | None) -> Iterator[Probe]:
+def probed(
+    scene: Scene,
+    gradient: Vector | None,
+    tolerance: float | None,
+    *,
+    most: int | None = None,
+    late: Callable[[], bool] | None = None,
+) -> Iterator[Probe]:
     """A probe of the network in which normalisations have no eps that would break symmetries.
 
     Products are of the loss's own Hessian whatever ``--curvature`` is, without weight decay.
@@ -109,22 +224,25 @@ def probed(scene: Scene, gradient: Vector | None, tolerance: float | None) -> It
         scene: Of the block.
         gradient: Of the block's loss, or None to compute it.
         tolerance: What ``H v`` of a unit vector may be by rounding alone; None estimates it.
+        most: Products that may be taken; None for as many as it needs.
+        late: Whether to take no more; None for never.
     """
     if tolerance is None:
         tolerance = _rounding(scene)
     with _without_eps(scene.model) as changed:
         if gradient is None or changed:
             gradient = scene.objective.gradient(scene.parameters)
-        yield Probe(scene, flatten([p.data for p in scene.parameters]), gradient, tolerance)
+        position = flatten([p.data for p in scene.parameters])
+        yield Probe(scene, position, gradient, tolerance, most, late)
 
 
 def _rounding(scene: Scene) -> float:
-    """A thousand units in the last place of ``H`` times a random vector of unit length."""
+    """So many units in the last place (``LOST``) of ``H`` times a random vector of unit length."""
     like = scene.parameters[0]
     made = generator(scene.options.seed, scene.block.name, "symmetry tolerance")
     vector = gaussian(scene.block.size, generator=made, dtype=like.dtype, device=like.device)
     eps = torch.finfo(like.dtype).eps
-    return 1000 * eps * float(scene.product(vector).norm() / vector.norm())
+    return LOST * eps * float(scene.product(vector).norm() / vector.norm())
 
 
 @contextmanager
@@ -172,19 +290,27 @@ def scale_invariant(probe: Probe) -> list[Groups]:
     (output channels), the groups of GroupNorm, all of it; and each together with its bias.
 
     Cost:
-        Two products for each tensor whose gradient is orthogonal to it, else none.
+        Two products if the finest groups whose gradient is orthogonal to them are invariant, none
+        where there are no such groups; up to two for each tensor and grouping that fails.
     Source:
         maths.md 4.5.
     """
-    found = []
-    for name, parameter in zip(probe.scene.block.parameters, probe.scene.parameters, strict=True):
-        if parameter.ndim >= 2 and parameter.numel():
-            for groups in _partitions(probe, name, parameter.shape[0]):
-                kept = _invariant(probe, groups)
-                if kept is not None:
-                    found.append(kept)
-                    break
-    return found
+    left = {
+        name: _partitions(probe, name, parameter.shape[0])
+        for name, parameter in zip(
+            probe.scene.block.parameters, probe.scene.parameters, strict=True
+        )
+        if parameter.ndim >= 2 and parameter.numel()
+    }
+    found: dict[str, Groups] = {}
+    while left:
+        next_level = {name: _next_level(probe, partitions) for name, partitions in left.items()}
+        candidates = {name: groups for name, groups in next_level.items() if groups is not None}
+        verdicts = probe.settle([_claim(probe, groups) for groups in candidates.values()])
+        outcome = dict(zip(candidates, verdicts, strict=True))
+        found |= {name: candidates[name] for name, holds in outcome.items() if holds}
+        left = {name: left[name] for name, holds in outcome.items() if holds is False}
+    return [found[name] for name in probe.scene.block.parameters if name in found]
 
 
 def _partitions(probe: Probe, name: str, rows: int) -> Iterator[Groups]:
@@ -202,17 +328,21 @@ def _partitions(probe: Probe, name: str, rows: int) -> Iterator[Groups]:
             yield Groups((name, f"{head}bias"), joined.reshape(count, -1))
 
 
-def _invariant(probe: Probe, groups: Groups) -> Groups | None:
-    """Those of the groups that are invariant; None where there are none."""
-    places = groups.places
-    weight, gradient = probe.position[places], probe.gradient[places]
-    size = weight.square().sum(dim=1)
-    left = (weight * gradient).sum(dim=1).abs()
-    most = probe.small * (weight * gradient).abs().sum(dim=1) + probe.tolerance * size
-    alive = ~probe.scene.dead.to(places.device)[places].all(dim=1) & (size > 0)
-    kept = places[alive & (left <= most)]
-    if not len(kept):
-        return None
-    direction, image = torch.zeros_like(probe.position), torch.zeros_like(probe.position)
-    direction[kept], image[kept] = probe.position[kept], -probe.gradient[kept]
-    return Groups(groups.names, kept) if probe.maps(direction, image) else None
+def _next_level(probe: Probe, partitions: Iterator[Groups]) -> Groups | None:
+    """Of the next partition that has any: the groups to which the gradient is orthogonal."""
+    for groups in partitions:
+        places = groups.places
+        weight, gradient = probe.position[places], probe.gradient[places]
+        size = weight.square().sum(dim=1)
+        left = (weight * gradient).sum(dim=1).abs()
+        most = probe.small * (weight * gradient).abs().sum(dim=1) + probe.tolerance * size
+        alive = ~probe.scene.dead.to(places.device)[places].all(dim=1) & (size > 0)
+        kept = places[alive & (left <= most)]
+        if len(kept):
+            return Groups(groups.names, kept)
+    return None
+
+
+def _claim(probe: Probe, groups: Groups) -> Claim:
+    places = groups.places.flatten()
+    return Claim(places, probe.position[places], -probe.gradient[places])

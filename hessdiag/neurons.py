@@ -16,10 +16,11 @@ from hessdiag.activations import Layer, layer_inputs, watched
 from hessdiag.curvature.objective import Objective, only
 from hessdiag.data import row_count
 from hessdiag.errors import is_out_of_memory
+from hessdiag.feature_range import Range, stretch
 from hessdiag.hidden import Change, hidden_matrices, rank_and_kappa
+from hessdiag.neuron_passes import SECONDS, Passes, diagonal
 from hessdiag.run import HiddenResult
 from hessdiag.variants.scene import NotApplicable
-from hessdiag_probes.random import gaussian, generator, rademacher
 
 Array = NDArray[np.float64]
 
@@ -27,13 +28,11 @@ MOST_FEATURES = 511
 MOST_NEURONS = 1024
 MOST_NUMBERS = 5 * 10**7
 """Of inputs and curvatures of one layer, which are held at once."""
-MOST_WORK = 10**12
-"""Flops of one layer's backward passes and factorisations: about a minute."""
-MOST_PASSES = 30_000
-"""Backward passes over batches, however small these are: about a minute, too."""
+MOST_WORK = 4 * 10**11
+"""Flops of one layer's backward passes and factorisations: about 20 s of a core."""
+RESOLVED = 0.005
+"""What rounding of the inputs may do to κ, relatively: the last of three digits."""
 ZERO = 100.0  # ε of the neuron's largest curvature: below, a curvature is rounding noise
-AGREES = 1e-8  # relative, of two ways to a gradient in float64
-AGREES_NARROW = 1e-4
 
 
 @dataclass(frozen=True)
@@ -104,16 +103,17 @@ def neuron_curvature(objective: Objective, layer: Layer) -> Tensor:
         maths 4.1: a second derivative by an offset added to the pre-activations. That samples do
         not interact, and that the weights act through the offset place alone, is checked.
     """
-    return _observe(objective, layer, keep=False).curvature
+    return _observe(objective, layer, None, keep=False).curvature
 
 
 def observe_neurons(objective: Objective, layer: Layer) -> Observed:
     """The inputs and curvatures of a layer's neurons, as far as the theorem and memory allow.
 
     Raises:
-        NotApplicable: As for :func:`neuron_curvature`, or the layer is too large.
+        NotApplicable: As for :func:`neuron_curvature`, the layer is too large, or its backward
+            passes turn out to take more than 20 s.
     Cost:
-        As for :func:`neuron_curvature`; samples · (features + outputs) numbers.
+        As for :func:`neuron_curvature`, 20 s at most; samples · (features + outputs) numbers.
     """
     _check_kind(layer)
     samples, width = objective.batches.rows, layer.features + 1
@@ -125,7 +125,6 @@ def observe_neurons(objective: Objective, layer: Layer) -> Observed:
         (layer.features, MOST_FEATURES, "features", ""),
         (layer.outputs, MOST_NEURONS, "neurons", ""),
         (samples * (layer.features + layer.outputs), MOST_NUMBERS, "inputs and curvatures", fewer),
-        (layer.outputs * len(objective.batches.items), MOST_PASSES, "backward passes", fewer),
         (passes + factorisations, MOST_WORK, "flops", fewer),
     ):
         if count > most:
@@ -133,7 +132,7 @@ def observe_neurons(objective: Objective, layer: Layer) -> Observed:
                 f"{count:.6g} {what} are more than the {most:.6g} up to which neurons are taken "
                 f"apart{remedy}"
             )
-    return _observe(objective, layer, keep=True)
+    return _observe(objective, layer, SECONDS, keep=True)
 
 
 def _check_kind(layer: Layer) -> None:
@@ -143,7 +142,7 @@ def _check_kind(layer: Layer) -> None:
         raise NotApplicable("its weights are tied to another module's: theorem 3 does not hold")
 
 
-def _observe(objective: Objective, layer: Layer, *, keep: bool) -> Observed:
+def _observe(objective: Objective, layer: Layer, seconds: float | None, *, keep: bool) -> Observed:
     _check_kind(layer)
     module: Any = layer.module
     parameters: list[nn.Parameter] = [
@@ -153,11 +152,12 @@ def _observe(objective: Objective, layer: Layer, *, keep: bool) -> Observed:
     ]
     rows: list[Tensor] = []
     curvatures: list[Tensor] = []
+    passes = Passes.of(objective, layer, seconds)
     with only(parameters):
         for batch, share in objective:
             inputs, offset, loss = _with_offset(objective, layer, batch)
             try:
-                curvatures.append(_diagonal(share * loss, inputs, offset, parameters))
+                curvatures.append(diagonal(share * loss, inputs, offset, parameters, passes))
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
@@ -198,60 +198,6 @@ def _with_offset(objective: Objective, layer: Layer, batch: Any) -> tuple[Tensor
     return inputs.rows, offsets[0], loss
 
 
-def _diagonal(loss: Tensor, rows: Tensor, offset: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-    """``∂²loss/∂a_ij²``, (outputs, samples of the batch)."""
-    outputs = offset.shape[-1]
-    if not loss.requires_grad:
-        return offset.new_zeros(outputs, offset.numel() // outputs)
-
-    def derivative(of: Tensor) -> Tensor:
-        (found,) = torch.autograd.grad(
-            of, offset, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return found.detach().reshape(-1, outputs)
-
-    first, *direct = torch.autograd.grad(
-        loss,
-        [offset, *parameters],
-        create_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    gradient = first.reshape(-1, outputs)
-    _check_path(gradient.detach(), rows, [part.detach() for part in direct])
-    if not gradient.requires_grad:
-        return torch.zeros_like(gradient).T
-    samples = len(gradient)
-    made = generator(0, "interaction of samples")
-    weight = gaussian(outputs, generator=made, dtype=loss.dtype, device=loss.device)
-    sign = rademacher(samples, generator=made, dtype=loss.dtype, device=loss.device)[:, None]
-    together = derivative((gradient * weight).sum())
-    alone = derivative((gradient * weight * sign).sum()) * sign
-    if float((together - alone).norm()) > _agreement(loss) * float(together.norm() + alone.norm()):
-        raise NotApplicable(
-            "the loss of a sample depends on other samples (batch normalisation in train mode, "
-            "or a loss that compares samples): S is not diagonal"
-        )
-    return torch.stack([derivative(gradient[:, i].sum())[:, i] for i in range(outputs)])
-
-
-def _agreement(value: Tensor) -> float:
-    return AGREES if value.dtype == torch.float64 else AGREES_NARROW
-
-
-def _check_path(gradient: Tensor, rows: Tensor, direct: list[Tensor]) -> None:
-    """The weights' own gradient is Σ g_j ĥ_jᵀ where they act through the layer's outputs alone."""
-    through = (gradient.T @ rows, gradient.sum(dim=0))
-    sizes = (gradient.abs().T @ rows.abs(), gradient.abs().sum(dim=0))
-    for have, want, size in zip(direct, through, sizes, strict=False):
-        scale = float(have.norm()) + float(size.norm())
-        if float((have - want).norm()) > _agreement(have) * scale:
-            raise NotApplicable(
-                "its weights act outside of its forward, too (a derivative by the inputs, a "
-                "penalty, another use): theorem 3 does not hold"
-            )
-
-
 def neuron_factors(observed: Observed, change: Change | None = None) -> dict[str, Array]:
     """κ of every neuron's Hessian, of its factors, and the bound of theorem 3.
 
@@ -263,20 +209,28 @@ def neuron_factors(observed: Observed, change: Change | None = None) -> dict[str
         curvature (an inactive ReLU) are dropped: ``kappa_hidden`` is κ₊ of the other columns of
         H_e, without its row of ones where the layer has no bias; ``kappa_s`` is max |S| / min |S|
         over them. ``bound`` and ``slack`` are NaN where S has negative entries or H_e lacks full
-        row rank.
+        row rank. Where rounding of the inputs (``ε |h| / s`` after a change that stretches
+        them by 1/s) reaches the third digit of κ, κ of H_e and of the Hessian, bound and slack
+        are NaN.
     Cost:
         O(samples · features²) flops for each neuron.
     Source:
         maths 4.1, 4.2; κ₊ and its tolerance by 1.1. A neuron that is positive definite by its
         factors is solved through them, to relative accuracy (1.6 iv).
     """
-    rows = observed.rows.double().cpu()
+    given = observed.rows.double().cpu()
+    eps = torch.finfo(observed.rows.dtype).eps
+    rows, rounding = given, torch.zeros(len(given), dtype=torch.float64)
     if change is not None:
-        rows = change(rows)
+        rows = change(given)
+        before, after = Range(), Range()
+        before.add(given)
+        after.add(rows)
+        rounding = eps * (given * stretch(before, after)).norm(dim=1)
     if observed.layer.bias is not None:
         rows = torch.cat([torch.ones(len(rows), 1, dtype=rows.dtype), rows], dim=1)
     curvature = observed.curvature.double().cpu()
-    neuron = _Neuron(rows, torch.finfo(observed.rows.dtype).eps)
+    neuron = _Neuron(rows, rounding, eps)
     found = [neuron.factors(entries) for entries in curvature]
     return {name: np.array([each[name] for each in found]) for name in NAMES}
 
@@ -290,10 +244,11 @@ NAMES = (
 class _Neuron:
     """The neurons of one layer in turn; what all samples share is computed once."""
 
-    def __init__(self, rows: Tensor, eps: float) -> None:
+    def __init__(self, rows: Tensor, rounding: Tensor, eps: float) -> None:
         self.rows = rows
+        self.rounding = rounding  # of each row, its 2-norm
         self.eps = eps
-        self._all: tuple[int, float] | None = None
+        self._all: tuple[int, float, float] | None = None
 
     def factors(self, curvature: Tensor) -> dict[str, float]:
         size = curvature.abs()
@@ -307,28 +262,41 @@ class _Neuron:
         if not positive + negative:
             return found
         rows, entries = self.rows[active], curvature[active]
-        rank, kappa = self._hidden(rows)
-        found["kappa_hidden"] = kappa
+        rounding = self.rounding[active]
         found["kappa_s"] = float(entries.abs().max() / entries.abs().min())
+        rank, kappa, top = self._hidden(rows)
+        if float(rounding.norm()) * kappa > RESOLVED * top:
+            return found
+        found["kappa_hidden"] = kappa
+        roots = entries.abs().sqrt()
+        error = 2 * float((roots * rounding).norm())
         if negative == 0 and rank == rows.shape[1]:
-            values = torch.linalg.svdvals(entries.sqrt()[:, None] * rows)
+            values = torch.linalg.svdvals(roots[:, None] * rows)
             _, root = rank_and_kappa(values, max(rows.shape), self.eps)
+            if error * root > RESOLVED * float(values[0]):
+                return found
             found["kappa_hessian"] = root**2
             found["bound"] = kappa**2 * found["kappa_s"]
             found["slack"] = found["bound"] / found["kappa_hessian"]
         else:
-            found["kappa_hessian"] = self._by_eigenvalues(rows, entries)
+            kappa, top = self._by_eigenvalues(rows, entries)
+            if error * float((roots[:, None] * rows).norm()) * kappa <= RESOLVED * top:
+                found["kappa_hessian"] = kappa
         return found
 
-    def _hidden(self, rows: Tensor) -> tuple[int, float]:
-        if len(rows) < len(self.rows):
-            return rank_and_kappa(torch.linalg.svdvals(rows), max(rows.shape), self.eps)
-        if self._all is None:
-            self._all = rank_and_kappa(torch.linalg.svdvals(rows), max(rows.shape), self.eps)
-        return self._all
+    def _hidden(self, rows: Tensor) -> tuple[int, float, float]:
+        """Rank, κ₊ and the largest singular value."""
+        if len(rows) == len(self.rows) and self._all is not None:
+            return self._all
+        values = torch.linalg.svdvals(rows)
+        found = (*rank_and_kappa(values, max(rows.shape), self.eps), float(values[0]))
+        if len(rows) == len(self.rows):
+            self._all = found
+        return found
 
-    def _by_eigenvalues(self, rows: Tensor, entries: Tensor) -> float:
+    def _by_eigenvalues(self, rows: Tensor, entries: Tensor) -> tuple[float, float]:
+        """κ₊, and the largest eigenvalue."""
         values = torch.linalg.eigvalsh((rows.T * entries) @ rows)
         tolerance = 10 * max(len(values), 10) * self.eps * float(values.abs().max())
         above = values[values > tolerance]
-        return float(above[-1] / above[0]) if len(above) else math.nan
+        return (float(above[-1] / above[0]), float(above[-1])) if len(above) else (math.nan, 0.0)

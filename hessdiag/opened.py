@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +27,7 @@ from hessdiag.solve import (
     Problem,
     Solved,
     dead_rows,
+    entry_error,
     measure_noise,
     positive_floor,
     solve_exact,
@@ -34,7 +36,12 @@ from hessdiag.solve import (
 )
 from hessdiag.solve.matrix_free import DOUBT_MARGIN
 from hessdiag.solve.problem import DOUBT_FACTOR
-from hessdiag.variants.coordinates import Coordinates, congruence, congruence_error
+from hessdiag.variants.coordinates import (
+    Coordinates,
+    congruence,
+    congruence_error,
+    entry_rounding,
+)
 from hessdiag.variants.scene import Built, Iterates, Scene
 from hessdiag_probes.exact import assemble
 from hessdiag_probes.lanczos import lanczos
@@ -42,8 +49,8 @@ from hessdiag_probes.random import generator, sphere
 from hessdiag_probes.types import CountedMatvec, Matvec, Vector
 
 HALF_STEPS = 20
-COARSE = 1e-9
-"""A congruence that rounding spoils by more, relative to the matrix, is made from products."""
+CANCELLED = 1e6
+"""A congruence whose sums are so many times smaller than their terms is made from products."""
 SQUARES = (1e-140, 1e140)  # numbers whose squares, and sums of them, float64 holds
 NOT_CONVEX = "the loss is not recognised as convex in the outputs, so nothing is claimed from that"
 
@@ -209,6 +216,10 @@ class Opened:
             matrix.diagonal().add_(decay)
         product = self.product
 
+        def error(matrix: Tensor) -> float:
+            found = entry_error(matrix, self.problem)
+            return math.inf if found is None else found
+
         def cleaned(vector: Vector) -> Vector:
             mask = alive.to(vector)
             return mask * product(mask * vector) + decay * vector
@@ -226,6 +237,7 @@ class Opened:
             dead=self.dead,
             iterates=iterates,
             batch_rows=self.network.batch_rows,
+            entry_error=lambda: math.inf if matrix is None else error(matrix),
             cache=self.network.cache,
         )
 
@@ -265,7 +277,8 @@ class Opened:
         products = 0
         if spread is not None:
             rounding = spread
-            coarse = float(spread.norm()) > COARSE * float(seen.norm())
+            unit = entry_rounding(len(seen), problem.eps) * float(seen.norm())
+            coarse = float(spread.norm()) > CANCELLED * unit
             if coarse and built.source == "activations":
                 seen, rounding, products = self._by_products(view, row), None, self.block.size
         problem = replace(problem, doubt=lost, rounding=rounding)

@@ -98,7 +98,7 @@ def make_options(**given: Any) -> Options:
         if name not in known:
             raise OptionError(f"analyze has no option {name!r}{_hint(name, known)}")
     for name in ("variants", "blocks"):
-        if given.get(name) is not None:
+        if name in given and not (name == "variants" and given[name] is None):
             given[name] = _listed(name, given[name])
     if given.get("variants") is not None:
         given["variants"] = _variants(given["variants"])

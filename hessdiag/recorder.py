@@ -62,15 +62,15 @@ class Recorder:
             every: Steps from one file to the next.
             start: Steps done before, where a training goes on.
         Raises:
-            OptionError: ``every`` is less than 1, or ``start`` negative.
+            OptionError: ``every`` is no whole number of at least 1, or ``start`` none of at least
+                0; ``model`` is no network, or ``optimizer`` no optimizer of torch.
             StoreError: ``directory`` cannot be made, or holds files of later steps than
                 ``start``, which belong to another training.
         """
-        if every < 1 or start < 0:
-            raise OptionError(
-                f"every={every}, start={start}: a Recorder writes every so many steps, at least "
-                "1, and counts from a start of at least 0"
-            )
+        _check_class("model", model, nn.Module, "torch.nn.Module")
+        _check_class("optimizer", optimizer, torch.optim.Optimizer, "torch.optim.Optimizer")
+        _check_whole("every", every, 1)
+        _check_whole("start", start, 0)
         self.model = model
         self.optimizer = optimizer
         self.directory = Path(directory)
@@ -140,6 +140,19 @@ class Recorder:
                 f"step {self.steps} is done: make room or give another directory, and go on"
             ) from error.__cause__
         self.written.append(path)
+
+
+def _check_class(name: str, value: object, kind: type, known_as: str) -> None:
+    if not isinstance(value, kind):
+        raise OptionError(
+            f"{name} is of class {type(value).__name__}; it must be a {known_as}: "
+            "Recorder(model, optimizer, directory, every=...)"
+        )
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise OptionError(f"{name} is {value!r}; it must be a whole number >= {least}")
 
 
 def _reason(error: BaseException) -> str:

@@ -116,6 +116,7 @@ class Rows:
         done: By (block, variant).
         engines: By row, what computed its products; filled on the way.
         timings: By row, seconds; filled on the way.
+        symmetry_products: By row, what its symmetries took apart from its ``products``.
         limited: Changes of the network that memory did not allow.
         failed: Rows that apply and have no numbers: they raised, or were not begun in time.
     """
@@ -129,6 +130,7 @@ class Rows:
     done: dict[tuple[str, str], VariantResult] = field(default_factory=dict)
     engines: dict[str, str] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
+    symmetry_products: dict[str, int] = field(default_factory=dict)
     limited: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
@@ -372,8 +374,10 @@ class Rows:
         notes = list(solved.values["notes"])  # type: ignore[arg-type]
         found: list[str] = []
         try:
-            found = find_symmetries(scene, opened.loss_gradient)
-        except FAILURES as error:
+            symmetries = find_symmetries(scene, opened.loss_gradient, late=opened.network.late)
+            found = symmetries.found
+            self.symmetry_products[opened.row.name] = symmetries.products
+        except Exception as error:  # they are told beside the numbers, and may cost none
             notes.append(f"symmetries were not looked for: {' '.join(str(error).split())}")
         values = solved.values | {"symmetries": found, "notes": notes}
         return Solved(values, solved.spectrum, solved.rows)

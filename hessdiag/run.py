@@ -79,7 +79,7 @@ class HiddenResult:
         index: The layer's block in a ``layer`` run, else its order in ``named_modules()``.
         hidden: ``row_norm`` (features + 1,), row 0 being that of ones; ``column_norm``
             (positions,), ``singular_value``, ``bias_cosine``, ``dead``, ``constant`` and the
-            scalars ``kappa``, ``rank``, ``centring_holds``.
+            scalars ``kappa``, ``rank``, ``input_error``, ``centring_holds``.
         neurons: ``kappa_hessian, kappa_hidden, kappa_s, bound, slack, s_positive, s_negative,
             s_zero``, (neurons,) each; empty where theorem 3 does not apply.
     """

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from hessdiag.activations import Layer, find_layers
+from hessdiag.centred import Centred, affine_of, centred_inputs
 from hessdiag.errors import SelfCheckFailed
-from hessdiag.invariance import Probe, probed, scale_invariant
+from hessdiag.invariance import MOST_PRODUCTS, TESTED, Claim, Probe, probed, scale_invariant
 from hessdiag.names import clean_name, named_parameters
 from hessdiag.variants.scene import Scene
 from hessdiag.variants.tracing import BATCH_NORMS, NORMS
@@ -21,46 +22,73 @@ from hessdiag_probes.types import Vector
 INSTANCE_NORMS = nn.modules.instancenorm._InstanceNorm
 BATCHED = (BATCH_NORMS, INSTANCE_NORMS)
 """They subtract each channel's own mean, and with it a bias."""
-CENTRED = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Σ (h - beta) / gamma of a layer normalisation's output, relative to the sum of the sizes."""
 KEYS = {"k", "key", "keys", "k_proj", "key_proj", "to_k", "wk", "k_lin", "linear_k", "lin_k"}
 
 _ORDER = "order of the layers"
-_CENTRED = "layers after layer normalisation"
+
+
+@dataclass(frozen=True)
+class Symmetries:
+    """What was found in a block, and what that cost.
+
+    Attributes:
+        found: One short sentence each, the same for the same network; empty where there are
+            none, or where the loss has no double backward. The last one tells what was not tested.
+        products: Hessian products that it took.
+        untested: Candidates that products or time did not reach.
+    """
+
+    found: list[str]
+    products: int
+    untested: int
 
 
 def find_symmetries(
-    scene: Scene, gradient: Vector | None = None, tolerance: float | None = None
-) -> list[str]:
+    scene: Scene,
+    gradient: Vector | None = None,
+    tolerance: float | None = None,
+    *,
+    late: Callable[[], bool] | None = None,
+) -> Symmetries:
     """The symmetries of the block that maths.md 4.5 lists, each confirmed by products.
 
     Args:
         scene: Of the block, at the parameters where the symmetries are sought.
         gradient: Of the loss without weight decay, (n,); None computes it.
         tolerance: What ``H v`` of a unit vector may be by rounding alone; None estimates it.
+        late: Whether the time is up, asked before each test; None for never.
     Returns:
-        One short sentence each, the same for the same network; empty where there are none, or
-        where the loss has no double backward.
+        They, and the products that they took.
     Cost:
-        Two gradients and two forward passes at most, and two products for each symmetry whose
-        first-order part holds: none for a block without any.
+        Two gradients and two forward passes at most. Two products for each kind of symmetry
+        whose first-order part holds anywhere in the block, more where the sum of its candidates
+        fails, 24 at most; one of ``scene.product`` for the tolerance.
     Source:
         maths.md 4.5.
     """
     found: list[str] = []
     try:
-        with probed(scene, gradient, tolerance) as probe:
-            found += [
-                f"scale-invariant: {' + '.join(groups.names)} ({_counted(len(groups.places))})"
-                for groups in scale_invariant(probe)
-            ]
-            found += _shifts(probe)
-            found += _rescalings(probe)
-            found += _null_vectors(probe)
+        with probed(scene, gradient, tolerance, late=late) as probe:
+            for index, kind in enumerate(_KINDS):
+                # What fails of one kind must not use up the others' share.
+                later = len(_KINDS) - 1 - index
+                probe.most = MOST_PRODUCTS - TESTED * later
+                found += kind(probe)
             found += _zero_rows(probe)
     except SelfCheckFailed:
-        return []
-    return found
+        return Symmetries([], 0, 0)
+    if probe.untested:
+        limit = "--max-seconds" if late is not None and late() else f"{MOST_PRODUCTS} products"
+        found.append(f"not tested: {probe.untested} of {probe.asked} candidates ({limit})")
+    estimated = 1 if tolerance is None and scene.matrix is None else 0
+    return Symmetries(found, probe.products + estimated, probe.untested)
+
+
+def _scales(probe: Probe) -> list[str]:
+    return [
+        f"scale-invariant: {' + '.join(groups.names)} ({_counted(len(groups.places))})"
+        for groups in scale_invariant(probe)
+    ]
 
 
 def _counted(groups: int) -> str:
@@ -74,30 +102,38 @@ def _layers(scene: Scene) -> Iterator[Layer]:
             yield layer
 
 
+def _holding(probe: Probe, candidates: dict[str, Claim]) -> list[str]:
+    """Those of the candidates that hold, by name."""
+    verdicts = probe.settle(list(candidates.values()))
+    return [name for name, holds in zip(candidates, verdicts, strict=True) if holds]
+
+
 def _shifts(probe: Probe) -> list[str]:
     """The same vector added to the weights of all outputs, which a softmax does not see."""
-    scene, found = probe.scene, []
     places = probe.places
-    for layer in _layers(scene):
+    layers: dict[str, Layer] = {}
+    candidates: dict[str, Claim] = {}
+    for layer in _layers(probe.scene):
         if layer.groups > 1:
             continue
         rows = places[layer.weight].reshape(layer.outputs, -1)
         if layer.bias in places:
             rows = torch.cat([rows, places[layer.bias][:, None]], dim=1)
-        direction = torch.zeros_like(probe.position)
-        direction[rows] = probe.coefficients(rows.shape[1], f"shift of {layer.name}").expand_as(
-            rows
-        )
-        if probe.level(direction) and probe.maps(direction):
-            after = next(iter(_order(scene).norms_after(layer.module)), None)
-            found.append(f"shift before {after}: {layer.name}" if after else "softmax shift")
+        each = probe.coefficients(rows.shape[1], f"shift of {layer.name}")
+        claim = Claim(rows.flatten(), each.repeat(len(rows)))
+        if probe.level(claim):
+            layers[layer.name], candidates[layer.name] = layer, claim
+    found = []
+    for name in _holding(probe, candidates):
+        after = next(iter(_order(probe.scene).norms_after(layers[name].module)), None)
+        found.append(f"shift before {after}: {name}" if after else "softmax shift")
     return found
 
 
 def _rescalings(probe: Probe) -> list[str]:
     """Weights into a unit times c, those out of it by c: a ReLU between passes that on."""
-    scene, found = probe.scene, []
-    places = probe.places
+    scene, places = probe.scene, probe.places
+    candidates: dict[str, Claim] = {}
     order = _order(scene)
     layers = {layer.module: layer for layer in _layers(scene)}
     for before, after in zip(order.modules, order.modules[1:], strict=False):
@@ -114,12 +150,13 @@ def _rescalings(probe: Probe) -> list[str]:
         if not probe.balanced(inner, leaving):
             continue
         each = probe.coefficients(units, f"rescaling of {order.names[before]}")[:, None]
-        sign = torch.zeros_like(probe.position)
-        sign[inner], sign[leaving] = each.expand_as(inner), -each.expand_as(leaving)
-        if probe.maps(sign * probe.position, -sign * probe.gradient):
-            kind = "ReLU rescaling" if before in layers else "rescaling"
-            found.append(f"{kind}: {order.names[before]} – {order.names[after]}")
-    return found
+        where = torch.cat([inner.flatten(), leaving.flatten()])
+        sign = torch.cat([each.expand_as(inner).flatten(), -each.expand_as(leaving).flatten()])
+        kind = "ReLU rescaling" if before in layers else "rescaling"
+        candidates[f"{kind}: {order.names[before]} – {order.names[after]}"] = Claim(
+            where, sign * probe.position[where], -sign * probe.gradient[where]
+        )
+    return _holding(probe, candidates)
 
 
 def _unit_places(scene: Scene, places: dict[str, Tensor], module: nn.Module) -> Tensor | None:
@@ -133,24 +170,48 @@ def _unit_places(scene: Scene, places: dict[str, Tensor], module: nn.Module) -> 
 
 def _null_vectors(probe: Probe) -> list[str]:
     """After LayerNorm: w += c / gamma, b -= c Σ beta / gamma leaves a neuron's output alone."""
-    scene, places, count = probe.scene, probe.places, 0
-    for consumer in _centred(scene):
+    scene, places = probe.scene, probe.places
+    neurons: dict[str, int] = {}
+    candidates: dict[str, Claim] = {}
+    for consumer in centred_inputs(scene):
         if consumer.weight not in places:
             continue
         norm = consumer.norm
-        stretch = _affine_of(norm)[0].to(probe.position).reciprocal()
-        shift = float((_affine_of(norm)[1].to(probe.position) * stretch).sum())
+        stretch = affine_of(norm)[0].to(probe.position).reciprocal()
+        shift = float((affine_of(norm)[1].to(probe.position) * stretch).sum())
         rows = places[consumer.weight].reshape(-1, len(stretch))[: consumer.rows]
         each = probe.coefficients(len(rows), f"null vectors of {consumer.weight}")
-        direction = torch.zeros_like(probe.position)
-        direction[rows] = each[:, None] * stretch
+        where, direction = rows.flatten(), (each[:, None] * stretch).flatten()
         if consumer.bias in places:
-            direction[places[consumer.bias][: consumer.rows]] = -each * shift
+            where = torch.cat([where, places[consumer.bias][: consumer.rows]])
+            direction = torch.cat([direction, -each * shift])
         elif shift != 0:
             continue
-        if probe.level(direction) and probe.maps(direction):
-            count += len(rows)
+        claim = Claim(where, direction)
+        if probe.level(claim) and not _moves_with_norm(probe, consumer, each, claim):
+            neurons[consumer.weight], candidates[consumer.weight] = len(rows), claim
+    count = sum(neurons[weight] for weight in _holding(probe, candidates))
     return [f"LayerNorm null vectors: {count}"] if count else []
+
+
+def _moves_with_norm(probe: Probe, consumer: Centred, each: Vector, claim: Claim) -> bool:
+    """Whether ``H d`` cannot vanish, because the block holds γ and β, on which d depends.
+
+    The loss is level along d(γ, β) everywhere, so that H d = -(∂d/∂γ, ∂d/∂β)ᵀ g there.
+    """
+    names = _order(probe.scene).parameters.get(consumer.norm, [])
+    held = [name in probe.places for name in (*names, "", "")[:2]]
+    gamma, beta = (moment.to(probe.position) for moment in affine_of(consumer.norm))
+    rows = probe.places[consumer.weight].reshape(-1, len(gamma))[: consumer.rows]
+    by_weight, by_bias = each @ probe.gradient[rows], torch.zeros_like(gamma[0])
+    if consumer.bias in probe.places:
+        by_bias = each @ probe.gradient[probe.places[consumer.bias][: consumer.rows]]
+    image = torch.stack([(by_bias * beta - by_weight) / gamma.square(), -by_bias / gamma])
+    left = float(image[torch.tensor(held, device=image.device)].norm())
+    return left > probe.negligible * float(claim.direction.norm())
+
+
+_KINDS = (_scales, _shifts, _rescalings, _null_vectors)
 
 
 def _zero_rows(probe: Probe) -> list[str]:
@@ -265,102 +326,3 @@ def _order(scene: Scene) -> _Order:
     }
     scene.cache[_ORDER] = _Order(modules, names, parameters)
     return cast("_Order", scene.cache[_ORDER])
-
-
-@dataclass(frozen=True)
-class _Centred:
-    """Weights whose inputs are, on all data, the output of a layer normalisation.
-
-    Attributes:
-        norm: Which.
-        weight: First name, of (outputs, features).
-        bias: First name, or None.
-        rows: How many of the outputs, from the first, read it.
-    """
-
-    norm: nn.LayerNorm
-    weight: str
-    bias: str | None
-    rows: int
-
-
-def _centred(scene: Scene) -> list[_Centred]:
-    """Found by Σ (h - beta) / gamma = 0 in every sample, in one pass over the data per network."""
-    if _CENTRED in scene.cache:
-        return cast("list[_Centred]", scene.cache[_CENTRED])
-    norms = [m for m in scene.model.modules() if isinstance(m, nn.LayerNorm)]
-    norms = [m for m in norms if len(m.normalized_shape) == 1 and bool(_affine_of(m)[0].all())]
-    readers = {c.weight: c for c in _readers(scene)} if norms else {}
-    possible = {
-        name: [m for m in norms if m.normalized_shape[0] == scene.named[name].shape[1]]
-        for name in readers
-    }
-    rows: dict[str, int] = {}
-
-    def look(reader: _Reader, value: Tensor, read: int) -> None:
-        rows[reader.weight] = min(rows.get(reader.weight, read), read)
-        possible[reader.weight] = [m for m in possible[reader.weight] if _is_centred(value, m)]
-
-    with ExitStack() as stack:
-        for reader in readers.values():
-            stack.callback(reader.watch(look).remove)
-        if any(possible.values()):
-            for batch, _ in scene.objective:
-                scene.objective.evaluate(batch)
-    found = [
-        _Centred(possible[name][0], name, reader.bias, rows[name])
-        for name, reader in readers.items()
-        if possible[name] and rows.get(name)
-    ]
-    scene.cache[_CENTRED] = found
-    return found
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """A module that multiplies its input with a weight (outputs, features)."""
-
-    module: nn.Module
-    weight: str
-    bias: str | None
-
-    def watch(self, look: Any) -> Any:
-        """Show ``look`` every input, and how many outputs read it."""
-
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            names = ("query", "key", "value")
-            if isinstance(module, nn.MultiheadAttention):
-                given = dict(zip(names, args, strict=False)) | kwargs
-                same = all(given[name] is given["query"] for name in names)
-                look(self, given["query"].detach(), (3 if same else 1) * module.embed_dim)
-            else:
-                value = args[0] if args else kwargs["input"]
-                look(self, value.detach(), cast("Tensor", module.weight).shape[0])
-
-        return self.module.register_forward_pre_hook(enter, with_kwargs=True)
-
-
-def _readers(scene: Scene) -> Iterator[_Reader]:
-    for layer in find_layers(scene.model).values():
-        if layer.kind == "linear" and not layer.shared:
-            yield _Reader(layer.module, layer.weight, layer.bias)
-    first = {id(parameter): name for name, parameter in named_parameters(scene.model)}
-    for module in scene.model.modules():
-        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-            bias = None if module.in_proj_bias is None else first[id(module.in_proj_bias)]
-            yield _Reader(module, first[id(module.in_proj_weight)], bias)
-
-
-def _affine_of(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """Gamma and beta; 1 and 0 where it has none."""
-    gamma, beta = norm._parameters.get("weight"), norm._parameters.get("bias")
-    size = norm.normalized_shape[0]
-    like = torch.ones(size, dtype=torch.float64) if gamma is None else gamma.detach()
-    return like, torch.zeros_like(like) if beta is None else beta.detach()
-
-
-def _is_centred(value: Tensor, norm: nn.LayerNorm) -> bool:
-    gamma, beta = (moment.to(value) for moment in _affine_of(norm))
-    normal = (value - beta) / gamma
-    total, size = normal.sum(dim=-1).abs(), normal.abs().sum(dim=-1)
-    return bool((total <= CENTRED[value.dtype] * (size + 1e-30)).all())

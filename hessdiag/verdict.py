@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -10,7 +10,8 @@ from hessdiag.combined import level, median_ratio, total
 from hessdiag.comparison import ratio
 from hessdiag.quantity import Quantity
 from hessdiag.run import Run, VariantResult
-from hessdiag.variants.grammar import RAW
+from hessdiag.variants.decay import DECOUPLED, named_decoupled
+from hessdiag.variants.grammar import NETWORKS, RAW
 
 WHOLE = "whole"
 HORIZON = "100"
@@ -87,11 +88,17 @@ class Verdict:
             ratio to raw, over those to which the variant applies. None likewise.
         agree: Both name the same variant (or raw); None where one names none, or where they name
             two and one of them does not certainly beat the other.
+        penalised: Those whose weight decay is a penalty of their own: λ|z|²/2 where it is
+            decoupled, that of the new parameters where the network is changed. Their forecast is
+            of another function than raw's, and has no place in that ranking.
+        decoupled: Decoupled decay is the reason for at least one of them.
     """
 
     forecast: Ranking | None
     kappa: Ranking | None
     agree: bool | None
+    penalised: tuple[str, ...] = ()
+    decoupled: bool = False
 
 
 def verdict(run: Run) -> Verdict:
@@ -105,8 +112,11 @@ def verdict(run: Run) -> Verdict:
     competing = competitors(run)
     if RAW not in competing or len(competing) < 2:
         return Verdict(None, None, None)
-    forecast, kappa = _by_forecast(competing), _by_kappa(competing)
-    return Verdict(forecast, kappa, _agree(forecast, kappa))
+    penalties = _penalties(run, competing)
+    alike = {variant: found for variant, found in competing.items() if variant not in penalties}
+    forecast, kappa = _by_forecast(alike), _by_kappa(competing)
+    decoupled = any(penalties.values())
+    return Verdict(forecast, kappa, _agree(forecast, kappa), tuple(penalties), decoupled)
 
 
 def competitors(run: Run) -> dict[str, dict[str, VariantResult]]:
@@ -140,6 +150,24 @@ def kappa_ratio(raw: VariantResult | None, result: VariantResult) -> Quantity:
 def _same(results: Mapping[str, VariantResult]) -> bool:
     """Every block that has numbers is one of the original's function."""
     return all(result["same_function"] for result in results.values() if solved(result))
+
+
+def _penalties(run: Run, variants: Iterable[str]) -> dict[str, bool]:
+    """Those that have a weight penalty of their own, and whether it is one on z."""
+    decay = run.provenance.config.get("weight_decay")
+    if not isinstance(decay, int | float) or not decay > 0:
+        return {}
+    trained = run.provenance.environment.get("optimizer") or {}
+    trained_by = DECOUPLED if trained.get("decoupled") else trained.get("class")
+    found = {}
+    for variant in variants:
+        network, _, coordinates = variant.rpartition("+")
+        if coordinates in NETWORKS:
+            network, coordinates = coordinates, RAW
+        decoupled = named_decoupled(coordinates, trained_by)
+        if network or decoupled:
+            found[variant] = decoupled
+    return found
 
 
 def _by_forecast(competing: Mapping[str, Mapping[str, VariantResult]]) -> Ranking | None:

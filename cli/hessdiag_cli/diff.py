@@ -34,10 +34,13 @@ def diff(
     from hessdiag.diff import compare
     from hessdiag.store import open_run
     from hessdiag.tables import diff_table
+    from hessdiag.variants.grammar import parse_variant
 
     found = compare(open_run(first), open_run(second))
     if variant is not None:
-        _check("variant", variant, [pair.variant for pair in found.pairs])
+        known = [pair.variant for pair in found.pairs]
+        variant = variant if variant in known else parse_variant(variant).key
+        _check("variant", variant, known)
     if block is not None:
         _check("block", block, [pair.block for pair in found.pairs])
     if json:

@@ -34,8 +34,11 @@ def show(
     from hessdiag.errors import OptionError
     from hessdiag.store import open_run
     from hessdiag.tables import summary_table
+    from hessdiag.variants.grammar import parse_variant
 
     found = open_run(run)
+    if variant is not None and variant not in found.variants:
+        variant = parse_variant(variant).key
     if variant is not None and variant not in found.variants:
         near = difflib.get_close_matches(variant, found.variants, n=1)
         hint = f"did you mean {near[0]}? " if near else ""

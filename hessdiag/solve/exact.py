@@ -128,14 +128,21 @@ def positive_floor(matrix: Tensor, problem: Problem) -> float | None:
     Cost:
         The eigenvalues of a dense matrix and one measurement of noise.
     """
+    error = entry_error(matrix, problem)
+    return None if error is None else diagonal_floor(matrix, entry_error=error)
+
+
+def entry_error(matrix: Tensor, problem: Problem) -> float | None:
+    """A bound of ``|δh_ij| / sqrt(h_ii h_jj)`` on the live rows, by one measurement of noise.
+
+    None unless all of them have a positive diagonal.
+    """
     live = (matrix != 0).any(dim=1)
     diagonal = matrix.diagonal()[live]
     if not bool(live.any()) or not bool((diagonal > 0).all()):
         return None
     entry = _scaled_noise(problem, live, diagonal.rsqrt(), "relative")
-    return diagonal_floor(
-        matrix, entry_error=4 * problem.eps + 10 * entry / math.sqrt(int(live.sum()))
-    )
+    return 4 * problem.eps + 10 * entry / math.sqrt(int(live.sum()))
 
 
 def _doubted(spectrum: ExactSpectrum, doubt: Vector) -> ExactSpectrum:

@@ -240,6 +240,7 @@ HIDDEN: tuple[Dataset, ...] = (
     Dataset("constant", ("feature",), NONE, "the feature is the same everywhere", "bool"),
     Dataset("kappa", (), NONE, "largest over smallest positive singular value of H_e"),
     Dataset("rank", (), NONE, "singular values of H_e above the tolerance"),
+    Dataset("input_error", (), NONE, "rounding of the inputs, beside the largest singular value"),
     Dataset("centring_holds", (), NONE, "centring the features lowers kappa", "bool"),
 )
 NEURONS: tuple[Dataset, ...] = (

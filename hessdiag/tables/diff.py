@@ -14,7 +14,7 @@ from hessdiag.quantity import Quantity
 from hessdiag.run import Run
 from hessdiag.tables.columns import COLUMNS, FORECAST, GAP
 from hessdiag.tables.labels import shortened
-from hessdiag.tables.lines import TIED, printed, wrapped
+from hessdiag.tables.lines import TIED, brief, printed, wrapped
 from hessdiag.tables.marks import (
     Mark,
     certified,
@@ -206,7 +206,7 @@ def _missing(pair: Pair, width: int) -> list[Text]:
         if result is None:
             lines += wrapped(f"{INDENT}not in the {word} run", width, "dim")
         elif result["skipped"] is not None:
-            reason = f"skipped in the {word} run: {printable(result['skipped'])}"
+            reason = f"skipped in the {word} run: {brief(result['skipped'])}"
             lines += wrapped(INDENT + reason, width, "dim", indent=INDENT)
     return lines
 

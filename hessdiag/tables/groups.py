@@ -33,10 +33,11 @@ def column(header: tuple[str, str], cells: Sequence[Mark]) -> Column:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Columns under a title."""
+    """Columns under a title; the first ``repeated`` begin every part of a group that is split."""
 
     title: str
     columns: tuple[Column, ...]
+    repeated: int = 0
 
     @property
     def columns_width(self) -> int:
@@ -53,7 +54,8 @@ class Group:
 def panels(groups: Sequence[Group], room: int) -> Iterator[list[Group]]:
     """The groups, in their order, as many beside each other as fit into ``room``.
 
-    A group that does not fit alone is split.
+    A group that does not fit alone is split; where not even one column fits beside those to be
+    repeated, nothing is.
     """
     panel: list[Group] = []
     left = room
@@ -70,19 +72,22 @@ def panels(groups: Sequence[Group], room: int) -> Iterator[list[Group]]:
 
 def _split(group: Group, room: int) -> Iterator[Group]:
     """Parts of nearly equal numbers of columns, as few as fit."""
-    count = len(group.columns)
-    for parts in range(1, count + 1):
-        cuts = [round(count * k / parts) for k in range(parts + 1)]
-        found = [
-            Group(
-                f"{group.title} ({k}/{parts})" if parts > 1 else group.title,
-                group.columns[cuts[k - 1] : cuts[k]],
-            )
-            for k in range(1, parts + 1)
-        ]
-        if all(part.width + len(BETWEEN) <= room for part in found) or parts == count:
-            yield from found
-            return
+    for front in (group.columns[: group.repeated], ()):
+        rest = group.columns[len(front) :]
+        count = len(rest)
+        for parts in range(1, count + 1):
+            cuts = [round(count * k / parts) for k in range(parts + 1)]
+            found = [
+                Group(
+                    f"{group.title} ({k}/{parts})" if parts > 1 else group.title,
+                    (*front, *rest[cuts[k - 1] : cuts[k]]),
+                )
+                for k in range(1, parts + 1)
+            ]
+            if all(part.width + len(BETWEEN) <= room for part in found):
+                yield from found
+                return
+    yield from found
 
 
 def panel_lines(

@@ -131,7 +131,7 @@ def _kappa(result: HiddenResult, eps: float) -> Quantity:
     values = result.hidden["singular_value"]
     size = max(len(result.hidden["row_norm"]), _positions(result))
     share = values / values[0] / (10 * size * eps)
-    error = len(values) * eps * kappa
+    error = (len(values) * eps + float(result.hidden.get("input_error", 0.0))) * kappa
     if ((share > 0.1) & (share < 10)).any() or error >= 1:
         return Quantity.lower_bound(kappa / (1 + error))
     return Quantity.exact(kappa, max(kappa * (1 - error), 1.0), kappa / (1 - error))

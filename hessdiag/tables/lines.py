@@ -9,8 +9,17 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.text import Text
 
+from hessdiag.plain import printable
+
 TIED = "\N{NO-BREAK SPACE}"
 """A space at which :func:`wrapped` does not break."""
+LONGEST_TEXT = 240
+
+
+def brief(text: str) -> str:
+    """A reason or a note of others in print: no longer than a few lines."""
+    shown = printable(text)
+    return shown if len(shown) <= LONGEST_TEXT else f"{shown[: LONGEST_TEXT - 1]}…"
 
 
 def wrapped(text: str, width: int, style: str = "", *, indent: str = "") -> list[Text]:

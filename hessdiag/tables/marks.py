@@ -8,7 +8,7 @@ rounding bound leaves open.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
 
 from hessdiag.quantity import Quantity
@@ -131,14 +131,16 @@ def certified(
 ) -> Mark:
     """``quantity`` in scientific notation (or another ``form``), marked with its kind.
 
-    An interval that is narrower than the last digit is one number in brackets; an exact value
-    whose rounding bound reaches across zero is 0.
+    An interval that is narrower than the last digit is one number in brackets. An exact value
+    without a certain digit is 0 where its rounding bound reaches across zero, else its interval.
     """
     certain = _certain_digits(quantity, digits)
     if quantity.value is not None and quantity.status == "exact":
-        if not certain and _may_be_zero(quantity):
+        if certain:
+            return Mark("=", "=", form(certain)(quantity.value, ROUND_HALF_EVEN))
+        if _has_no_sign(quantity):
             return Mark("=", "=", "0")
-        return Mark("=", "=", form(max(certain, 1))(quantity.value, ROUND_HALF_EVEN))
+        quantity = replace(quantity, status="interval")
     if quantity.value is not None and quantity.status == "interval" and certain == digits:
         return Mark("[]", "[", form(digits)(quantity.value, ROUND_HALF_EVEN), "]")
     return marked(quantity, form(digits), _short(form(max(digits - 1, 1))))
@@ -170,12 +172,10 @@ def marked(quantity: Quantity, show: Show, show_end: Show | None = None) -> Mark
     return Mark("?", "", "?")
 
 
-def _may_be_zero(quantity: Quantity) -> bool:
-    """Whether rounding leaves not even the sign."""
+def _has_no_sign(quantity: Quantity) -> bool:
+    """Whether rounding leaves both signs open."""
     return (
-        quantity.low is not None
-        and quantity.high is not None
-        and (quantity.low <= 0 <= quantity.high)
+        quantity.low is not None and quantity.high is not None and quantity.low < 0 < quantity.high
     )
 
 

@@ -10,7 +10,7 @@ from hessdiag.plain import printable
 from hessdiag.quantity import Quantity
 from hessdiag.run import Run, VariantResult
 from hessdiag.tables.labels import some_of
-from hessdiag.tables.lines import wrapped
+from hessdiag.tables.lines import brief, wrapped
 from hessdiag.tables.marks import certified, times
 from hessdiag.variants.grammar import RAW
 from hessdiag.verdict import WHOLE, solved
@@ -113,7 +113,7 @@ def _skipped(run: Run) -> Iterator[str]:
         for block in compared:
             result = block.variants.get(variant)
             if variant != RAW and not solved(result):
-                reason = MISSING if result is None else printable(result["skipped"])
+                reason = MISSING if result is None else brief(result["skipped"])
                 reasons.setdefault(reason, []).append(block.name)
         for reason, names in reasons.items():
             owners.setdefault((reason, tuple(names)), []).append(printable(variant))
@@ -130,7 +130,7 @@ def _owners(results: Results, field: str) -> Iterator[tuple[str, str]]:
     owners: dict[str, list[str]] = {}
     for name, result in results.items():
         for text in result[field]:
-            owners.setdefault(printable(text), []).append(name)
+            owners.setdefault(brief(text), []).append(name)
     for text, names in owners.items():
         yield text, some_of(names, NAMES_SHOWN, LONGEST_NAME)
 

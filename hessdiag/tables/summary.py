@@ -14,7 +14,7 @@ from hessdiag.run import BlockResult, Run, VariantResult
 from hessdiag.tables.columns import COLUMNS, GAP, HEADLINE, TERMS, Layout, aligned, layout
 from hessdiag.tables.cosines import cosine_sentences
 from hessdiag.tables.labels import shortened, some_of
-from hessdiag.tables.lines import TIED, printed, wrapped
+from hessdiag.tables.lines import TIED, brief, printed, wrapped
 from hessdiag.tables.marks import MEANINGS, certified, meanings
 from hessdiag.tables.reasons import hidden_sentences
 from hessdiag.tables.remarks import (
@@ -139,7 +139,7 @@ def _skipped(block: BlockResult, variant: str, label: str, width: int) -> list[T
     result = block.variants.get(variant)
     reason = f"no result under {variant}" if result is None else result["skipped"]
     indent = cell_len(label) + len(GAP)
-    first, *rest = textwrap.wrap(f"skipped: {printable(reason)}", max(width - indent, 20))
+    first, *rest = textwrap.wrap(f"skipped: {brief(reason)}", max(width - indent, 20))
     return [
         Text(label + GAP + first, style="dim"),
         *(Text(" " * indent + line, style="dim") for line in rest),

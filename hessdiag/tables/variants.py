@@ -178,12 +178,13 @@ def _group(table: Beside, measure: Measure, form: Form, last: Ranking | None) ->
     for row in table.rows.values():
         done = {v: row[v] for v in table.variants if solved(row.get(v))}
         numbers = {v: measure.quantity(r) for v, r in done.items() if v not in table.others}
-        best = _best(numbers, smallest=measure.smallest)
+        comparable = measure is not GAIN or not table.verdict.penalised
+        best = _best(numbers, smallest=measure.smallest) if comparable else None
         for variant, marks in cells.items():
             mark = measure.mark(done[variant], form) if variant in done else SKIPPED
             marks.append(_starred(mark) if variant == best else mark)
     columns = _columns(table, cells, form, last, SUM, smallest=measure.smallest)
-    return Group(measure.title, columns)
+    return Group(measure.title, columns, repeated=int(table.variants[:1] == (RAW,)))
 
 
 def _ratios(table: Beside, form: Form) -> Group:

@@ -26,9 +26,14 @@ def verdict_sentence(verdict: Verdict) -> str:
     if verdict.forecast is not None:
         where = "whole" if verdict.forecast.whole else _over("sum", verdict.forecast)
         about = [f"T{TIED}={TIED}{HORIZON}", where, *_estimated(verdict.forecast)]
-        parts.append(f"by forecast ({', '.join(about)}) {_gain(verdict.forecast)}")
+        gain = _gain(verdict.forecast, verdict.penalised)
+        parts.append(f"by forecast ({', '.join(about)}) {gain}")
+    elif verdict.penalised:
+        parts.append(f"by forecast nothing is compared: {_penalty(verdict)}")
     if verdict.kappa is not None:
-        about = [f"ratio to raw, {_over('median', verdict.kappa)}", *_estimated(verdict.kappa)]
+        about = [f"ratio to raw, {_over('median', verdict.kappa)}"]
+        about += ["weight decay in each variant's own units"] * bool(verdict.penalised)
+        about += _estimated(verdict.kappa)
         parts.append(f"by κ at the median λ ({', '.join(about)}) {_conditioning(verdict.kappa)}")
     if not parts:
         return ""
@@ -55,15 +60,20 @@ def _estimated(ranking: Ranking) -> list[str]:
     return ["an estimate"] * (leader is not None and leader.amount.status == "estimate")
 
 
-def _gain(ranking: Ranking) -> str:
-    leader, raw = ranking.leader, ranking.raw
+def _gain(ranking: Ranking, penalised: Sequence[str]) -> str:
+    leader, raw, doubts = ranking.leader, ranking.raw, _doubts(ranking, penalised)
     if leader is None:
-        return f"nothing can be said{_doubts(ranking)}"
+        return f"nothing can be said{doubts}"
     if leader.variant == RAW:
-        return f"no variant helps, raw gains most: {_amount(leader.amount)}{_doubts(ranking)}"
+        return f"no variant helps, raw gains most: {_amount(leader.amount)}{doubts}"
     against = "" if raw is None else f", raw{TIED}{_amount(raw.amount)}"
-    gains = f"{_amount(leader.amount)}{against}"
-    return f"{printable(leader.variant)} helps most: {gains}{_doubts(ranking)}"
+    return f"{printable(leader.variant)} helps most: {_amount(leader.amount)}{against}{doubts}"
+
+
+def _penalty(verdict: Verdict) -> str:
+    if verdict.decoupled:
+        return "each variant has its own penalty λ|z|²/2 (decoupled weight decay)"
+    return "each network has its own penalty λ|p|²/2 (weight decay)"
 
 
 def _conditioning(ranking: Ranking) -> str:
@@ -89,7 +99,7 @@ def _agreement(verdict: Verdict) -> str:
     return "the two disagree" if verdict.agree is False else "whether the two agree is open"
 
 
-def _doubts(ranking: Ranking) -> str:
+def _doubts(ranking: Ranking, penalised: Sequence[str] = ()) -> str:
     """What keeps the leader from being certain, and who was not ranked."""
     leader = ranking.leader
     open_ = [s.variant for s in ranking.unranked if leader is None or s.variant in ranking.level]
@@ -100,6 +110,9 @@ def _doubts(ranking: Ranking) -> str:
     said += [f"{_names(open_)}: not resolved"] * bool(open_)
     few = [standing.variant for standing in ranking.partial]
     said += [f"{_names(few)}: on no more than half of the blocks"] * bool(few)
+    if penalised:
+        each = "each " if len(penalised) > 1 else ""
+        said.append(f"{_names(penalised)}: not compared, {each}with its own weight penalty")
     return f" ({'; '.join(said)})" if said else ""
 
 

@@ -284,6 +284,11 @@ def congruence(matrix: Tensor, coordinates: Coordinates) -> Tensor:
     return (found + found.mT) / 2
 
 
+def entry_rounding(size: int, eps: float) -> float:
+    """What rounding does to an entry of a congruence, relative to the sum of its terms' sizes."""
+    return 10 * float(size**0.5) * eps
+
+
 def congruence_error(matrix: Tensor, coordinates: Coordinates, eps: float) -> Tensor | None:
     """Bounds on what rounding does to each entry of :func:`congruence`, (n, n).
 
@@ -299,6 +304,6 @@ def congruence_error(matrix: Tensor, coordinates: Coordinates, eps: float) -> Te
     """
     if coordinates.diagonal:
         return None
-    unit = 10 * len(matrix) ** 0.5 * eps
+    unit = entry_rounding(len(matrix), eps)
     bound: Tensor = unit * congruence(matrix.abs(), coordinates.magnitude())
     return bound

@@ -181,7 +181,9 @@ def optimal(scene: Scene) -> Built:
             f"takes at most {OPTIMAL_LIMIT} nonzero rows, and there are {n}; ruiz is the "
             "heuristic for larger blocks"
         )
-    entry_error = 4 * _eps(scene)
+    entry_error = 4 * _eps(scene) if scene.entry_error is None else scene.entry_error()
+    if math.isinf(entry_error):  # a diagonal entry is not positive
+        raise NotApplicable(_why_not_definite(active, 4 * _eps(scene)))
     found = optimal_diagonal(active, [row_scaling(active).scale], entry_error=entry_error)
     if found is None:
         raise NotApplicable(_why_not_definite(active, entry_error))

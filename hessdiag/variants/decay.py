@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from hessdiag.checkpoint.optimizer import OptimizerState
+from typing import TYPE_CHECKING
+
+from hessdiag.variants.grammar import OPTIMIZERS, RAW
+
+if TYPE_CHECKING:
+    from hessdiag.checkpoint.optimizer import OptimizerState
+
+DECOUPLED = "AdamW"
 
 
 def trained_decoupled(optimizer: OptimizerState | None) -> bool:
@@ -10,4 +17,16 @@ def trained_decoupled(optimizer: OptimizerState | None) -> bool:
     if optimizer is None:
         return False
     flagged = any(group.get("decoupled_weight_decay") for group in optimizer.groups)
-    return optimizer.class_name == "AdamW" or flagged
+    return optimizer.class_name == DECOUPLED or flagged
+
+
+def named_decoupled(coordinates: str, trained_by: str | None) -> bool:
+    """The same of a variant's coordinates, as far as names tell: all that a stored run holds.
+
+    Args:
+        coordinates: An optimizer decays as its name says, any other as the checkpoint's class.
+        trained_by: That class, where it is known.
+    """
+    if coordinates in OPTIMIZERS:
+        return coordinates == DECOUPLED.lower()
+    return coordinates != RAW and trained_by == DECOUPLED

@@ -187,7 +187,7 @@ def gradients(scene: Scene) -> Samples:
     """
     if scene.iterates and not scene.changed:
         return Samples("iterates", "at the iterates", _along(scene), len(scene.iterates))
-    items, own = scene.objective.batches.items, "of the task's mini-batches"
+    items = scene.objective.batches.items
     if len(items) > 1:
         return Samples(
             "minibatches", "of the task's mini-batches", _of(scene, items, cut=False), len(items)

@@ -18,13 +18,15 @@ def norm_scaled(scene: Scene) -> Built:
     number; PᵀHP does not.
 
     Cost:
-        A gradient, and two products for each tensor whose gradient is orthogonal to it.
+        A gradient; two products where every tensor whose gradient is orthogonal to it is
+        scale-invariant, else up to four for each such tensor and grouping; one for their rounding.
     Source:
         maths.md 4.5.
     """
     try:
         with probed(scene, None, None) as probe:
             found = scale_invariant(probe)
+            scene.product.count += probe.products
     except SelfCheckFailed as error:
         raise NotApplicable("its symmetries need a double backward, which fails here") from error
     if not found:
@@ -40,4 +42,5 @@ def norm_scaled(scene: Scene) -> Built:
         )
     scale[scene.dead.to(scale.device)] = 1
     names = listed(name for groups in found for name in groups.names)
-    return Built(Diagonal(scale), notes=(f"scaled by their norms: {names}",))
+    notes = (f"scaled by their norms: {names}",)
+    return Built(Diagonal(scale), source="hessian", notes=notes)

@@ -56,6 +56,8 @@ class Scene:
         iterates: Of the trajectory; empty without ``--iterates``.
         cache: Shared by all blocks and variants of this network: what was computed once (such as
             activations by layer) is kept here under a key of the maker's own.
+        entry_error: Measures a bound of ``|δh_ij| / sqrt(h_ii h_jj)`` of the matrix, where all live
+            h_ii are positive; None counts roundoff alone.
         batch_rows: Rows of each of the task's batches, where they were joined into one.
     """
 
@@ -72,6 +74,7 @@ class Scene:
     iterates: Iterates
     cache: dict[str, object]
     batch_rows: tuple[int, ...] = ()
+    entry_error: Callable[[], float] | None = None
 
     @property
     def model(self) -> nn.Module:

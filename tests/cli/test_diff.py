@@ -55,7 +55,9 @@ def test_a_block_shows_every_quantity_and_a_variant_is_chosen_by_name(compare):
     assert "profile.1e-03.kappa" in long
     assert "profile.1e-03.kappa" not in short
     assert "whole" not in long
-    assert "variant bn+adam" in compare("rich.h5", "rich.h5", "--variant", "bn+adam").stdout
+    chosen = compare("rich.h5", "rich.h5", "--variant", "bn+adam").stdout
+    assert "variant bn+adam" in chosen
+    assert compare("rich.h5", "rich.h5", "--variant", "adam+bn").stdout == chosen
 
 
 def test_names_that_neither_run_has_are_refused_with_those_that_there_are(compare):
@@ -63,5 +65,7 @@ def test_names_that_neither_run_has_are_refused_with_those_that_there_are(compar
         compare("a.h5", "b.h5", "--block", "wole")
     with pytest.raises(OptionError, match=r"variant 'adam'.*there are: raw"):
         compare("a.h5", "b.h5", "--variant", "adam")
+    with pytest.raises(OptionError, match=r"unknown variant 'adm' \(did you mean 'adam'\?\)"):
+        compare("a.h5", "b.h5", "--variant", "adm")
     with pytest.raises(StoreError, match=r"gone\.h5 does not exist"):
         compare("a.h5", "gone.h5")

@@ -130,7 +130,8 @@ def test_an_estimate_runs_the_task_and_adds_what_each_block_costs(fitting, run):
     ]
     assert cost["products"] == 26
     assert cost["seconds"] > 0
-    text = run(fitting, "--estimate", "--exact-limit", "0", "--blocks", "1", "--probes", "3")
+    options = ("--exact-limit", "0", "--blocks", "1", "--probes", "3", "--variants", "raw")
+    text = run(fitting, "--estimate", *options)
     line = next(line for line in text.stdout.splitlines() if "lanczos" in line)
     assert line.split()[:4] == ["1", "10", "lanczos", "23"]
     assert "timing block 1/1 1" in text.stderr

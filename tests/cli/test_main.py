@@ -64,6 +64,7 @@ def test_the_options_of_analyze_are_these():
         *("--curvature", "--exact-limit", "--steps", "--probes", "--density", "--tolerance"),
         *("--eigensolver", "--max-seconds", "--device", "--dtype", "--seed"),
         *("--batch-size", "--max-examples", "--weight-decay", "--damping", "--engine"),
+        *("--iterates", "--reference"),
         *("--memory-budget", "--json", "--quiet", "-q", "--verbose", "-v", "--debug", "--data"),
     }
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -6,6 +7,7 @@ import sample_runs
 from hessdiag.errors import OptionError, StoreError
 from hessdiag.store import read_run, write_run
 from hessdiag.tables import summary_table
+from hessdiag_cli.diff import diff
 from hessdiag_cli.show import show
 
 
@@ -45,9 +47,38 @@ def test_show_json_of_one_variant_holds_only_that(stored, capsys):
 
 def test_an_unknown_variant_is_refused_with_the_nearest(stored):
     with pytest.raises(OptionError, match=r"did you mean bn\+adam\? it has: raw, bn\+adam"):
+        show(stored, variant="bn+adamw")
+    with pytest.raises(OptionError, match=r"no variant 'kfac'; it has: raw"):
+        show(stored, variant="kfac")
+
+
+@pytest.mark.parametrize("spelled", ["adam+bn", " bn + adam"])
+def test_a_variant_is_found_by_every_spelling_that_analyze_takes(spelled, stored, capsys):
+    show(stored, variant=spelled)
+    assert capsys.readouterr().out == summary_table(read_run(stored), variant="bn+adam")
+
+
+def test_a_variant_against_the_grammar_is_refused_in_the_words_of_analyze(stored):
+    with pytest.raises(OptionError, match=r"unknown variant 'adm' \(did you mean 'adam'\?\)"):
         show(stored, variant="bn+adm")
-    with pytest.raises(OptionError, match=r"no variant 'zzz'; it has: raw"):
-        show(stored, variant="zzz")
+    with pytest.raises(OptionError, match=r"names two networks"):
+        show(stored, variant="bn+ln")
+
+
+def test_a_variant_of_another_release_is_found_by_its_name(tmp_path, capsys):
+    found = sample_runs.small_run()
+    blocks = tuple(
+        dataclasses.replace(
+            block, variants={"raw": block.variants["raw"], "gone": block.variants["raw"]}
+        )
+        for block in found.blocks
+    )
+    write_run(
+        dataclasses.replace(found, blocks=blocks, variants=("raw", "gone")), tmp_path / "r.h5"
+    )
+    show(tmp_path / "r.h5", variant="gone")
+    diff(tmp_path / "r.h5", tmp_path / "r.h5", variant="gone")
+    assert capsys.readouterr().out.count("variant gone") == 3
 
 
 def test_a_missing_run_is_a_store_error(tmp_path):

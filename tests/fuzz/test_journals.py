@@ -81,7 +81,7 @@ def test_an_unfinished_analysis_resumes_to_the_same_numbers(hessdiag, case):
     folder, numbers = case
     outcome = hessdiag(folder, *ANALYZE)
     assert outcome.code == 0, report(outcome, ["it does not resume"])
-    assert "resuming: 3 of 3 blocks were finished" in outcome.stderr
+    assert "resuming: 6 of 6 rows were finished" in outcome.stderr
     assert values(outcome) == numbers
 
 

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from hessdiag import Task
+from hessdiag import Task, activations
 from hessdiag.activations import find_layers, layer_inputs, visit_inputs, watched
 from sample_networks import Partial, lent, mse, pinn, pinn_loss
 
@@ -94,6 +94,36 @@ def test_a_visit_sees_every_batch_of_every_layer_in_order_and_leaves_no_hook():
     torch.testing.assert_close(seen[0][1], data[0][0].double())
     torch.testing.assert_close(seen[3][1], hidden)
     assert not seen[3][1].requires_grad
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_patches_of_a_large_batch_come_in_parts_of_whole_samples(frames, monkeypatch):
+    class Frames(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(2, 4, 3, padding=1, groups=2)
+
+        def forward(self, x):
+            return self.layer(x.flatten(0, 1)).reshape(len(x), -1)
+
+    given = torch.randn(7, frames, 2, 4, 4)
+    one = frames * 2 * 4 * 4 * 9  # numbers in the patches of a sample
+    seen = {0: [], 1: []}
+    with lent(Task(Frames(), [(given, torch.randn(7, frames * 64))], mse)) as (objective, _):
+        layers = list(find_layers(objective.model).values())
+        for most in (2 * one + one // 2, one // 5):
+            monkeypatch.setattr(activations, "PATCH_NUMBERS", most)
+            for parts in seen.values():
+                parts.clear()
+            calls = visit_inputs(objective, layers, lambda _, i: seen[i.group].append(i))
+            assert calls == {"layer": 1}
+            patches = F.unfold(given.double().flatten(0, 1), 3, padding=1)
+            for group, half in enumerate(patches.chunk(2, dim=1)):
+                rows = torch.cat([part.rows for part in seen[group]])
+                assert torch.equal(rows, half.mT.reshape(-1, 9))
+                samples = [part.samples for part in seen[group]]
+                assert samples == ([2, 2, 2, 1] if most > one else [1] * 7)
+                assert all(len(part.rows) == part.samples * frames * 16 for part in seen[group])
 
 
 def test_hooks_are_removed_when_the_forward_fails():

@@ -365,7 +365,8 @@ def test_a_block_that_fails_is_a_row_with_its_reason_and_the_others_survive(
     assert "boom" in raw(run, "0")["skipped"]
     assert raw(run, "0")["kappa"] == Quantity.absent()
     assert raw(run, "0")["loss"] is None
-    assert run.provenance.environment["failed"] == ["0"]
+    assert run.provenance.environment["failed"] == ["0", "0 [bnp]"]
+    assert run["0"].variants["bnp"]["skipped"] == raw(run, "0")["skipped"]
     for name in ("2", "whole"):
         assert raw(run, name)["kappa"].status == "exact"
     json.loads(run.to_json())

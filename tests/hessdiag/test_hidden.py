@@ -1,4 +1,5 @@
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -7,10 +8,12 @@ import torch.nn.functional as F  # noqa: N812
 from sklearn.datasets import load_wine
 from torch import nn
 
-from hessdiag import hidden
+from hessdiag import hidden, streamed_qr
 from hessdiag.activations import find_layers
-from hessdiag.hidden import Streamed, StreamedQR, affine_change, hidden_matrices
+from hessdiag.hidden import Streamed, affine_change, hidden_matrices
+from hessdiag.streamed_qr import StreamedQR
 from hessdiag.task import Task
+from hessdiag.variants.affine import Affine
 from hessdiag.variants.coordinates import Dense, Diagonal, Joined, identity
 
 EPS = torch.finfo(torch.float64).eps
@@ -93,7 +96,7 @@ def test_streaming_qr_resolves_a_condition_of_1e12_where_the_gram_matrix_cannot(
 
 
 def test_the_factor_is_triangular_and_has_the_gram_matrix_of_all_rows(monkeypatch):
-    monkeypatch.setattr(hidden, "SLAB", 8)
+    monkeypatch.setattr(streamed_qr, "SLAB", 8)
     matrix = normal(50, 4)
     streamed = StreamedQR(4)
     for part in matrix.split(3):
@@ -102,6 +105,48 @@ def test_the_factor_is_triangular_and_has_the_gram_matrix_of_all_rows(monkeypatc
     assert factor.shape == (4, 4)
     assert torch.equal(factor, factor.triu())
     assert torch.allclose(factor.T @ factor, matrix.T @ matrix, atol=1e-13)
+
+
+def test_rows_that_wait_do_not_hold_the_batch_they_came_in():
+    for count in (3, 5000):
+        numbers = np.ones((count, 2))
+        batch = weakref.ref(numbers)
+        streamed = StreamedQR(2)
+        streamed.add(torch.from_numpy(numbers))
+        del numbers
+        assert batch() is None
+        assert streamed.result()[0, 0].abs() == pytest.approx(math.sqrt(count))
+
+
+def test_a_large_batch_is_looked_at_in_pieces(monkeypatch):
+    rows, pieces = normal(100, 3) + 2, []
+
+    def change(part):
+        pieces.append(len(part))
+        return 2 * part
+
+    whole = found(rows, lambda part: 2 * part)
+    monkeypatch.setattr(hidden, "NUMBERS", 4 * 15)
+    parts = found(rows, change)
+    assert pieces == [15] * 6 + [10]
+    for name, value in whole.items():
+        assert parts[name] == pytest.approx(value, rel=1e-12, nan_ok=True), name
+
+
+def test_layers_share_a_pass_while_what_they_hold_and_one_factorisation_fit(networks):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    calls = []
+
+    def loss(model, batch):
+        calls.append(1)
+        return squares(model, batch)
+
+    # A layer: 4 rows of R and 4096 that wait, 4 columns; their copy while one is factorised.
+    held, copied = 8 * 4 * (4 + 4096), 2 * 8 * 4 * (4 + 4096)
+    for memory, passes in ((2 * held + copied, 1), (2 * held + copied - 1, 2)):
+        calls.clear()
+        results(networks, model, [(torch.randn(5, 3), torch.randn(5, 3))], loss, memory=memory)
+        assert len(calls) == passes
 
 
 def test_fewer_positions_than_features_leave_as_many_singular_values():
@@ -323,6 +368,59 @@ def test_the_change_of_the_inputs_is_read_off_the_coordinates():
     before = torch.cat([torch.outer(g, rows[0]).reshape(-1), g])
     after = torch.cat([torch.outer(g, change(rows)[0]).reshape(-1), g])
     assert torch.allclose(coordinates.transposed(before), after, rtol=1e-13)
+
+
+def hidden_by_its_mean(big):
+    """Two features that are nearly the same, far from zero; standardised in extended precision."""
+    base = normal(40, 2, seed=3)
+    rows = torch.stack([base[:, 0], base[:, 0] + 1e-3 * base[:, 1]], dim=1) + big
+    wide = rows.numpy().astype(np.longdouble)
+    mean = wide.mean(axis=0)
+    spread = np.sqrt(((wide - mean) ** 2).mean(axis=0))
+    truth = ((wide - mean) / spread).astype(float)
+    scale = torch.from_numpy(spread.astype(float))
+    return rows, Affine(torch.from_numpy(mean.astype(float))[None], scale[None], 2), truth
+
+
+@pytest.mark.parametrize("big", [1e9, 1e12])
+def test_what_a_large_mean_hides_is_kept_to_the_rounding_of_the_mean_itself(big):
+    rows, affine, truth = hidden_by_its_mean(big)
+    change = affine_change(affine, *places(2, 2))
+    mean, scale = affine.mean[0].numpy(), affine.scale[0].numpy()
+    exact = ((rows.numpy().astype(np.longdouble) - mean) / scale).astype(float)
+    assert change(rows).numpy() == pytest.approx(exact, rel=1e-15)
+    arrays = found(rows, change)
+    kappa = np.linalg.cond(np.vstack([np.ones(40), truth.T]))
+    assert arrays["kappa"] == pytest.approx(kappa, rel=1e-6)
+    error = float(arrays["kappa"] * arrays["input_error"])
+    assert abs(arrays["kappa"] / kappa - 1) < error
+    assert error == pytest.approx(EPS * big * kappa, rel=0.5)
+
+
+def test_the_mean_of_affine_coordinates_is_taken_as_it_is_wherever_they_stand():
+    features = 200
+    mean, scale = 3 + normal(1, features), 1 + normal(1, features, seed=1).abs()
+    affine = Affine(mean, scale, 2)
+    weight, bias = places(2, features)
+    taken = affine_change(affine, weight, bias)(mean)
+    assert torch.equal(taken, torch.zeros_like(mean))
+    shift = torch.randperm(affine.size + 5, generator=rng())
+    block = Joined([(shift[:-5], affine), (shift[-5:], identity(scale[0, :5]))])
+    assert torch.equal(affine_change(block, shift[weight], shift[bias])(mean), taken)
+    others = folded(2, 1 / scale[0], -mean[0] / scale[0])
+    left = affine_change(others, weight, bias)(mean).abs()
+    assert 0 < left.max() < 1e-14
+
+
+def test_input_error_is_what_the_change_makes_of_the_rounding_of_the_inputs():
+    sign = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(8)
+    rows = torch.stack([1e6 + 4 * sign, torch.full((16,), 1e9, dtype=torch.float64)], dim=1)
+    mean, scale = rows.mean(dim=0), torch.tensor([4.0, 1.0])
+    # [e; ±1; 0]: singular values 4; of the feature ε |h| / 4 remains, of the constant one nothing.
+    arrays = found(rows, lambda part: (part - mean) / scale, parts=5)
+    assert arrays["singular_value"] == pytest.approx([4.0, 4.0, 0.0], abs=1e-12)
+    assert arrays["input_error"] == pytest.approx(EPS * 1e6 / 4, rel=1e-9)
+    assert found(rows)["input_error"] == 0
 
 
 def test_the_change_of_a_layer_is_found_inside_a_larger_block():

@@ -149,6 +149,14 @@ def test_kappa_is_a_lower_bound_where_a_singular_value_is_at_the_tolerance(runs)
         assert shown in row, factor
 
 
+def test_kappa_has_the_digits_that_rounding_of_the_inputs_leaves(runs):
+    for error, shown in ((1e-9, "= 6.74"), (0.003, "= 7 "), (0.2, "≥ 2.87")):
+        changed = layer(kappa=np.asarray(6.74), input_error=np.asarray(error))
+        text = hidden_table(with_hidden(runs, bnp=(changed,)), "0")
+        row = next(line for line in text.splitlines() if line.startswith("bnp"))
+        assert shown in row, error
+
+
 def test_without_singular_values_and_columns_the_rest_is_shown(runs):
     nothing = np.asarray(math.nan)
     large = layer(kappa=nothing, rank=nothing, centring_holds=nothing)

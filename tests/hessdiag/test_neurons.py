@@ -8,8 +8,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 import sample_networks
-from hessdiag import neurons
+from hessdiag import neuron_passes, neurons
 from hessdiag.activations import find_layers
+from hessdiag.neuron_passes import Passes
 from hessdiag.neurons import (
     Observed,
     explain_layers,
@@ -349,7 +350,6 @@ def test_a_loss_that_is_linear_in_the_neuron_or_without_it_has_no_curvature(part
         ("MOST_FEATURES", 2),
         ("MOST_NEURONS", 1),
         ("MOST_NUMBERS", 60),
-        ("MOST_PASSES", 3),
         ("MOST_WORK", 3000),
     ],
 )
@@ -360,6 +360,114 @@ def test_large_layers_are_refused_before_any_work(limit, most, monkeypatch):
         with pytest.raises(NotApplicable, match=f"more than the {most} up to which"):
             observe_neurons(objective, layer)
         assert neuron_curvature(objective, layer).shape == (2, 13)
+
+
+def together(monkeypatch, numbers):
+    """Differentiate as many neurons together as have so many numbers; how many went together."""
+    monkeypatch.setattr(neuron_passes, "MANY", 0)
+    monkeypatch.setattr(neuron_passes, "TOGETHER", {"cpu": numbers})
+    lengths, derivatives = [], neuron_passes._derivatives
+
+    def spied(gradient, offset, directions):
+        lengths.append(len(directions))
+        return derivatives(gradient, offset, directions)
+
+    monkeypatch.setattr(neuron_passes, "_derivatives", spied)
+    return lengths
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.GELU, nn.ReLU])
+def test_neurons_differentiated_together_have_the_curvature_of_each_alone(activation, monkeypatch):
+    example = case(net(activation, 3, 5, 6, 2), classes(3, 2), cross_entropy)
+    alone = observe(example, "2").curvature
+    lengths = together(monkeypatch, 4 * 9 * 6)  # six numbers are the widest, nine samples first
+    assert torch.allclose(observe(example, "2").curvature, alone, rtol=1e-12, atol=1e-18)
+    assert lengths == [4, 2, 6]
+    for ours, dense in zip(alone.numpy(), neuron_blocks(example, "2"), strict=True):
+        assert ours.sum() == pytest.approx(dense[0, 0], rel=1e-12, abs=1e-18)
+
+
+class Unbatched(torch.autograd.Function):
+    """The identity; its derivative looks at the numbers it is given."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient if math.isfinite(gradient.sum().item()) else None
+
+
+class Wrong(torch.autograd.Function):
+    """The identity; its derivative is twice too large where several are taken together."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        several = torch._C._functorch.is_legacy_batchedtensor(gradient)
+        several = several or torch._C._functorch.is_batchedtensor(gradient)
+        return 2 * gradient if several else gradient.clone()
+
+
+@pytest.mark.parametrize("function", [Unbatched, Wrong])
+def test_neurons_go_one_by_one_where_they_cannot_be_differentiated_together(function, monkeypatch):
+    def loss(model, batch):
+        hidden = function.apply(model[0](batch[0]))
+        return F.cross_entropy(model[2](torch.tanh(hidden)), batch[1])
+
+    plain = case(net(nn.Tanh, 3, 4, 2), classes(3, 2), cross_entropy)
+    alone = observe(plain, "0").curvature
+    lengths = together(monkeypatch, 1000)
+    odd = case(net(nn.Tanh, 3, 4, 2), classes(3, 2), loss)
+    assert torch.allclose(observe(odd, "0").curvature, alone, rtol=1e-12, atol=1e-18)
+    assert lengths == [4] + [1] * 8
+
+
+def test_neurons_that_take_too_long_are_given_up_but_for_a_variant_that_needs_them(monkeypatch):
+    monkeypatch.setattr(neurons, "SECONDS", 0.0)
+    with lent(case(net(nn.Tanh, 3, 2), classes(3, 2), cross_entropy).task) as (objective, _):
+        layer = find_layers(objective.model)["0"]
+        with pytest.raises(NotApplicable, match=r"about 0 s one by one, more than the 0 s"):
+            observe_neurons(objective, layer)
+        assert neuron_curvature(objective, layer).shape == (2, 13)
+
+
+def test_the_time_of_all_neurons_is_told_from_the_pace_after_the_first(monkeypatch):
+    # 15 s go into the first ten of a thousand; then 1 ms each leaves 16 s, and 25 ms 40.
+    times = iter([100.0, 115.0, 115.01, 115.5])
+    monkeypatch.setattr(neuron_passes, "perf_counter", lambda: next(times))
+    passes = Passes(1000, 0, 20.0, next(times))
+    passes.done(10)
+    passes.done(10)
+    with pytest.raises(NotApplicable, match="about 40 s one by one, more than the 20 s"):
+        passes.done(10)
+
+
+@pytest.mark.parametrize(("big", "known"), [(1e7, True), (1e13, False)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_numbers_that_rounding_of_changed_inputs_blurs_are_not_told(big, known, sign):
+    torch.manual_seed(3)
+    base = torch.randn(40, 2, dtype=torch.float64)
+    rows = torch.stack([base[:, 0], base[:, 0] + 1e-2 * base[:, 1]], dim=1) + big
+    curvature = torch.ones(1, 40, dtype=torch.float64)
+    curvature[0, 0] = sign
+    mean = rows.numpy().astype(np.longdouble).mean(axis=0)
+    centred = torch.from_numpy((rows.numpy() - mean).astype(float))
+    middle = torch.from_numpy(mean.astype(float))
+    found = neuron_factors(observed(rows, curvature), lambda given: given - middle)
+    raw = neuron_factors(observed(centred, curvature))
+    assert not np.isnan(raw["kappa_hessian"]).any()
+    for name in ("kappa_hessian", "kappa_hidden", "bound", "slack"):
+        if known:
+            assert found[name] == pytest.approx(raw[name], rel=1e-3, nan_ok=True), name
+        else:
+            assert np.isnan(found[name]).all(), name
+    assert found["kappa_s"] == raw["kappa_s"]
+    assert found["s_positive"] == raw["s_positive"]
 
 
 def test_the_model_is_left_as_it_was():

@@ -66,7 +66,7 @@ def test_what_is_no_size_is_refused(value):
     ("given", "message"),
     [
         ({"step": 3}, "no option 'step' \\(did you mean 'steps'\\?\\)"),
-        ({"variants": "adma"}, "unknown variant 'adma' \\(did you mean 'adam'"),
+        ({"variants": "jacobbi"}, "unknown variant 'jacobbi' \\(did you mean 'jacobi'"),
         ({"variants": "rawr"}, "did you mean 'raw'"),
         ({"variants": ""}, "variants is empty"),
         ({"blocks": [" "]}, "blocks is empty"),

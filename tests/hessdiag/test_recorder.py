@@ -1,6 +1,7 @@
 import errno
 import os
 import random
+import re
 
 import numpy as np
 import pytest
@@ -155,13 +156,41 @@ def test_the_files_of_another_training_are_not_mixed_in(tmp_path):
     hessdiag.Recorder(model, optimizer, tmp_path, every=100, start=700).close()
 
 
-@pytest.mark.parametrize(("every", "start"), [(0, 0), (-3, 0), (1, -1)])
-def test_steps_that_make_no_sense_are_refused(every, start, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "every is 0; it must be a whole number >= 1"),
+        ({"every": -3}, "every is -3; it must be a whole number >= 1"),
+        ({"every": 1.5}, "every is 1.5; it must be a whole number >= 1"),
+        ({"every": True}, "every is True; it must be a whole number >= 1"),
+        ({"every": "x"}, "every is 'x'; it must be a whole number >= 1"),
+        ({"every": 1, "start": -1}, "start is -1; it must be a whole number >= 0"),
+        ({"every": 1, "start": 2.0}, "start is 2.0; it must be a whole number >= 0"),
+        ({"every": 1, "start": False}, "start is False; it must be a whole number >= 0"),
+        ({"every": 1, "start": None}, "start is None; it must be a whole number >= 0"),
+    ],
+)
+def test_steps_that_make_no_sense_are_refused(options, message, tmp_path):
     model = network()
-    with pytest.raises(OptionError, match=f"every={every}, start={start}"):
-        hessdiag.Recorder(
-            model, OPTIMIZERS["adam"](model.parameters()), tmp_path, every=every, start=start
-        )
+    optimizer = OPTIMIZERS["adam"](model.parameters())
+    with pytest.raises(OptionError, match=f"^{re.escape(message)}$"):
+        hessdiag.Recorder(model, optimizer, tmp_path / "files", **options)
+    assert not optimizer._optimizer_step_post_hooks
+    assert not (tmp_path / "files").exists()
+
+
+def test_what_is_no_network_or_no_optimizer_is_refused(tmp_path):
+    model = network()
+    optimizer = OPTIMIZERS["adam"](model.parameters())
+    for wrong, name in (("m", "str"), (optimizer, "Adam"), (model.state_dict(), "OrderedDict")):
+        with pytest.raises(OptionError, match=rf"^model is of class {name}; .*torch\.nn\.Module"):
+            hessdiag.Recorder(wrong, optimizer, tmp_path / "files", every=1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    for wrong, name in (("o", "str"), (model, "Sequential"), (schedule, "ConstantLR")):
+        with pytest.raises(OptionError, match=rf"^optimizer is of class {name}; .*torch\.optim"):
+            hessdiag.Recorder(model, wrong, tmp_path / "files", every=1)
+    assert not optimizer._optimizer_step_post_hooks
+    assert not (tmp_path / "files").exists()
 
 
 def test_a_directory_that_is_a_file_is_refused(tmp_path):

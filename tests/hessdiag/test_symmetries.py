@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import dataclasses
 
@@ -6,10 +7,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from hessdiag import Task, analyze
 from hessdiag.blocks import Block
-from hessdiag.invariance import probed
-from hessdiag.symmetries import find_symmetries
-from lent_scenes import lent_scene, linear_task
+from hessdiag.invariance import MOST_PRODUCTS, Claim, probed
+from hessdiag.symmetries import Symmetries, find_symmetries
+from lent_scenes import Held, lent_scene, linear_task
 from sample_networks import Case, dense_hessian, mse
 
 
@@ -63,7 +65,7 @@ class Analysed:
                 matrix=matrix,
                 product=lambda v: matrix @ v,
             )
-            return find_symmetries(part)
+            return find_symmetries(part).found
 
 
 def tanh_net():
@@ -194,7 +196,9 @@ def test_a_gradient_that_is_given_does_not_hide_what_eps_breaks():
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
     with lent_scene(classified(model, 4, mode="train").task) as scene:
         given = scene.objective.gradient(scene.parameters)
-        assert find_symmetries(scene, given, 1e-13)[0] == "scale-invariant: 0.weight (5 groups)"
+        assert (
+            find_symmetries(scene, given, 1e-13).found[0] == "scale-invariant: 0.weight (5 groups)"
+        )
 
 
 def test_channels_without_effect_are_not_counted_among_the_groups():
@@ -210,16 +214,161 @@ def test_a_block_without_symmetries_costs_no_product(monkeypatch):
     monkeypatch.setattr("hessdiag.invariance.hessian_product", lambda *_: taken.append(1))
     data = [(torch.randn(12, 4).double(), torch.randn(12, 3).double())]
     with lent_scene(Case(perturbed(tanh_net()), data, mse, [12.0]).task) as scene:
-        assert find_symmetries(scene, None, 1e-13) == []
+        assert find_symmetries(scene, None, 1e-13) == Symmetries([], 0, 0)
     assert taken == []
+
+
+def everywhere(direction):
+    return Claim(torch.arange(len(direction)), direction.double())
 
 
 def test_nothing_is_seen_where_the_hessian_is_zero():
     slopes = [torch.randn(5)]
     with lent_scene(linear_task([[5]], [slopes])) as scene, probed(scene, None, 1e-13) as probe:
-        assert not probe.maps(torch.randn(5).double())
-        assert probe.level(torch.zeros(5).double())
-        assert not probe.level(slopes[0].double())
+        assert probe.settle([everywhere(torch.randn(5))]) == [False]
+        assert probe.level(everywhere(torch.zeros(5)))
+        assert not probe.level(everywhere(slopes[0]))
+
+
+SIZE = 12
+
+
+@contextlib.contextmanager
+def claimed(curvatures, flat, *, dtype=torch.float64, **limits):
+    """Blocks on the diagonal of H, some with a null vector of ones: each is claimed to have it."""
+    null = torch.eye(SIZE, dtype=torch.float64) - 1 / SIZE
+    eye = torch.eye(SIZE, dtype=torch.float64)
+    parts = [c * (null if i in flat else eye) for i, c in enumerate(curvatures)]
+    matrix = torch.block_diag(*parts)
+    task = Task(Held([[len(matrix)]]), [matrix[None]], lambda m, b: 0.5 * (b[0] @ m() @ m()))
+    with lent_scene(task, dtype=dtype) as scene, probed(scene, None, 1e-30, **limits) as probe:
+        ones = torch.ones(SIZE, dtype=dtype)
+        places = torch.arange(len(matrix)).reshape(-1, SIZE)
+        yield probe, [Claim(where, ones) for where in places]
+
+
+def test_claims_that_all_hold_cost_two_products_together():
+    with claimed([1.0] * 30, range(30)) as (probe, claims):
+        assert probe.settle(claims) == [True] * 30
+        assert (probe.products, probe.asked, probe.untested) == (2, 30, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("wrong", [(0,), (20,), (3, 4, 17), range(24)], ids=str)
+def test_claims_that_do_not_hold_are_told_from_those_that_do(wrong, dtype):
+    flat = set(range(24)) - set(wrong)
+    with claimed([1.0] * 24, flat, dtype=dtype) as (probe, claims):
+        assert probe.settle(claims) == [i in flat for i in range(24)]
+        differences = 1 if dtype == torch.float64 else 2  # in float32 they may be rounding
+        assert probe.products <= differences * min(2 * 24, 2 + 2 * 5 * len(wrong))
+        assert probe.untested == 0
+
+
+def test_a_claim_is_not_taken_for_true_beside_a_much_larger_curvature():
+    curvatures = [1e9, 1e-3, 1.0, 1e-9]
+    with claimed(curvatures, {0, 3}) as (probe, claims):
+        assert probe.settle(claims) == [True, False, False, True]
+        assert probe.products <= 4 * len(claims)
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 6, 7])
+def test_what_products_do_not_reach_is_left_open_and_counted(most):
+    with claimed([1.0] * 8, {6, 7}, most=most) as (probe, claims):
+        verdicts = probe.settle(claims)
+        assert probe.products <= most
+        assert all(v is None or v == (i in {6, 7}) for i, v in enumerate(verdicts))
+        assert verdicts.count(None) == probe.untested > 0
+
+
+def test_the_search_ends_between_two_tests_when_the_time_is_up():
+    times = iter([False, False, True, True, True, True])
+    with claimed([1.0] * 8, {6, 7}, late=lambda: next(times, True)) as (probe, claims):
+        verdicts = probe.settle(claims)
+        assert probe.products == 4
+        assert verdicts == [None, None, None, None, None, None, None, None]
+
+
+def test_no_claims_cost_nothing():
+    with claimed([1.0], {0}) as (probe, _):
+        assert probe.settle([]) == []
+        assert probe.products == 0
+
+
+def normalised_chain(layers=24, width=8):
+    stages = [(nn.Linear(width, width), nn.LayerNorm(width), nn.ReLU()) for _ in range(layers)]
+    return nn.Sequential(*(m for stage in stages for m in stage), nn.Linear(width, 3))
+
+
+def test_every_layer_of_a_deep_network_is_tested_with_few_products():
+    with lent_scene(classified(normalised_chain(), 8, sizes=(30,)).task) as scene:
+        found = find_symmetries(scene, None, 1e-13)
+    assert found.untested == 0
+    assert found.products == 6  # scales, shifts and rescalings: two each
+    for kind in ("scale-invariant", "shift before LayerNorm", "rescaling"):
+        assert sum(s.startswith(kind) for s in found.found) == 24
+
+
+def test_null_vectors_that_move_with_the_norm_before_them_cost_no_product():
+    names = [n for n, _ in Encoder().named_parameters()]
+    with lent_scene(classified(Encoder(), 3, 2, sizes=(12,)).task) as scene:
+        assert find_symmetries(scene, None, 1e-13).products == 4  # shifts and rescalings
+    # Where the gradient vanishes they are null after all.
+    behind = [n for n in names if n.startswith(("norm.", "head."))]
+    model = Encoder()
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-20  # a minimum with eps is none without
+    data = [(torch.randn(12, 3, 2).double(), torch.randn(12, 3).double())]
+    passed, null = "rescaling: norm – head", "LayerNorm null vectors: 3"
+    moving = Case(perturbed(model), data, mse, [12.0])
+    for task, expected in ((moving, [passed]), (still(model, data), [passed, null])):
+        with lent_scene(task.task, behind) as scene:
+            found = find_symmetries(scene, None, 1e-13).found
+        assert [name for name in found if not name.startswith("scale-inv")] == expected
+
+
+def still(model, data):
+    """The same at a minimum."""
+    x = data[0][0]
+    return Case(model, [(x, model.eval()(x).detach())], mse, [float(len(x))])
+
+
+def still_net(layers=24, width=3):
+    """A network at a minimum: every first-order test passes, and nothing is symmetric."""
+    layered = [m for _ in range(layers) for m in (nn.Linear(width, width), nn.Tanh())]
+    return perturbed(nn.Sequential(*layered))
+
+
+def test_what_was_not_tested_is_said():
+    case = still(still_net(), [(torch.randn(40, 3).double(),)])
+    with lent_scene(case.task) as scene:
+        found = find_symmetries(scene, None, 1e-13)
+    assert found.products <= MOST_PRODUCTS
+    assert found.untested > 0
+    *_, last = found.found
+    assert last.startswith(f"not tested: {found.untested} of ")
+    assert last.endswith(" candidates (24 products)")
+
+
+def test_no_symmetry_is_sought_after_the_time_is_up():
+    with lent_scene(classified(tanh_net(), 4).task) as scene:
+        found = find_symmetries(scene, None, 1e-13, late=lambda: True)
+    assert found == Symmetries(["not tested: 1 of 1 candidates (--max-seconds)"], 0, 1)
+
+
+def test_the_product_that_estimates_rounding_is_counted():
+    with lent_scene(classified(tanh_net(), 4).task) as scene:
+        assert find_symmetries(scene).products == 3
+        assert scene.product.count == 1
+        assert find_symmetries(scene, None, 1e-13).products == 2
+
+
+def test_a_run_records_what_symmetries_cost_beside_the_products():
+    task = classified(tanh_net(), 4).task
+    run = analyze(task, variants="raw,jacobi", blocks="whole", device="cpu")
+    record = run.provenance.environment["symmetry_products"]
+    assert record == {"whole": 2}
+    assert run["whole"].variants["raw"]["products"] == 43
 
 
 def test_a_layer_after_layer_normalisation_has_a_null_vector_for_every_neuron():
@@ -372,7 +521,8 @@ def test_float32_sees_the_same_symmetries():
     task = classified(model, 4, sizes=(40,), mode="train").task
     with lent_scene(task, dtype=torch.float32) as scene:
         matrix = torch.eye(scene.block.size)  # a scale for the rounding of products
-        found = find_symmetries(dataclasses.replace(scene, product=lambda v: matrix @ v))
+        part = dataclasses.replace(scene, product=lambda v: matrix @ v)
+        found = find_symmetries(part).found
     assert found == [
         "scale-invariant: 0.weight (5 groups)",
         "softmax shift",
@@ -408,7 +558,7 @@ def test_a_loss_without_a_double_backward_has_no_known_symmetries():
 
     for loss, expected in ((cross_entropy, ["softmax shift"]), (once, [])):
         with lent_scene(classified(nn.Linear(4, 3), 4, loss=loss).task) as scene:
-            assert find_symmetries(scene, None, 1e-13) == expected
+            assert find_symmetries(scene, None, 1e-13).found == expected
 
 
 def test_the_model_is_left_as_it_was():

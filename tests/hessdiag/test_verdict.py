@@ -1,9 +1,12 @@
 """Which variant helps most, on runs where that is known by construction."""
 
+from dataclasses import replace
+
 import pytest
 
 from compared_runs import compared, result, skipped
 from hessdiag.quantity import Quantity
+from hessdiag.tables import summary_table
 from hessdiag.tables.verdict import verdict_sentence
 from hessdiag.verdict import kappa_ratio, verdict
 
@@ -222,3 +225,79 @@ def test_a_variant_that_is_certainly_worse_by_a_bound_does_not_help():
     run = compared({"0": {"raw": result(2.0, 1.0), "a": result(Quantity.lower_bound(9.0), 1.0)}})
     assert verdict(run).kappa.leader.variant == "raw"
     assert "1 block) no variant helps; " in said(run)
+
+
+def decayed(variants, trained="AdamW", decay=0.1):
+    """A run in which each variant gains more than the one before it, and has a smaller κ."""
+    found = {v: result(8.0 / 2**k, 1.0 + k) for k, v in enumerate(variants)}
+    run = compared({"0": found, "whole": found})
+    known = run.provenance
+    return replace(
+        run,
+        provenance=replace(
+            known,
+            config=known.config | {"weight_decay": decay},
+            environment=known.environment | {"optimizer": trained and {"class": trained}},
+        ),
+    )
+
+
+def test_under_decoupled_decay_no_forecast_is_ranked_and_kappa_says_whose_units():
+    run = decayed(["raw", "optimizer", "ruiz"])
+    assert said(run) == (
+        "Verdict: by forecast nothing is compared: each variant has its own penalty λ|z|²/2 "
+        "(decoupled weight decay); by κ at the median λ (ratio to raw, 1 block, weight decay in "
+        "each variant's own units) ruiz helps most: ×0.250."
+    )
+    assert verdict(run).forecast is None
+    assert verdict(run).agree is None
+    assert verdict(run).penalised == ("optimizer", "ruiz")
+
+
+@pytest.mark.parametrize("trained", ["Adam", "SGD", None])
+def test_under_coupled_decay_every_forecast_is_of_one_function(trained):
+    run = decayed(["raw", "optimizer", "ruiz", "rmsprop"], trained)
+    assert order(verdict(run).forecast) == ["rmsprop", "ruiz", "optimizer", "raw"]
+    assert verdict(run).penalised == ()
+    assert "own" not in said(run)
+
+
+def test_without_decay_the_class_of_the_optimizer_does_not_matter():
+    run = decayed(["raw", "adamw", "bn"], "AdamW", 0.0)
+    assert order(verdict(run).forecast) == ["bn", "adamw", "raw"]
+
+
+def test_a_named_optimizer_decays_as_its_name_says_whatever_the_checkpoint_was_trained_by():
+    run = decayed(["raw", "adamw", "jacobi"], "Adam")
+    assert verdict(run).penalised == ("adamw",)
+    assert "(adamw: not compared, with its own weight penalty); by κ" in said(run)
+    run = decayed(["raw", "adam", "jacobi", "adamw"], "AdamW")
+    assert order(verdict(run).forecast) == ["adam", "raw"]
+    assert said(run).startswith(
+        "Verdict: by forecast (T = 100, whole) adam helps most: = 2.00e+00, raw = 1.00e+00 "
+        "(jacobi and adamw: not compared, each with its own weight penalty); by κ"
+    )
+    assert order(verdict(run).kappa) == ["adamw", "jacobi", "adam", "raw"]
+
+
+def test_a_changed_network_decays_its_own_parameters():
+    run = decayed(["raw", "jacobi", "bn", "bn+adam"], "Adam")
+    assert verdict(run).penalised == ("bn", "bn+adam")
+    assert order(verdict(run).forecast) == ["jacobi", "raw"]
+    alone = decayed(["raw", "bn"], "Adam")
+    assert "by forecast nothing is compared: each network has its own penalty" in said(alone)
+
+
+def test_a_forecast_of_its_own_penalty_is_neither_starred_nor_summed():
+    def table(**options):
+        run = decayed(["raw", "ruiz"], **options)
+        run = replace(run, blocks=tuple(replace(run["0"], name=name) for name in "ab"))
+        text = summary_table(run, width=160)
+        return [line for line in text.splitlines() if line.startswith(("a ", "b ", "sum "))][2:]
+
+    def forecasts(rows):
+        return [row[row.rindex("= ") :].strip() for row in rows]
+
+    assert forecasts(table(decay=0.0)) == ["= 2.00e+00*", "= 2.00e+00*", "= 4.00e+00*"]
+    assert forecasts(table()) == ["= 2.00e+00", "= 2.00e+00"]
+    assert all("= 4.00e+00*" in row for row in table())  # κ at the median

@@ -224,6 +224,7 @@ def hidden_layer(layer: str = "0", index: int = 0, **known: Any) -> HiddenResult
         "constant": np.array([True, True, True]),
         "kappa": np.asarray(1.0),
         "rank": np.asarray(1.0),
+        "input_error": np.asarray(1e-15),
         "centring_holds": np.asarray(0.0),
     }
     counts = ("s_positive", "s_negative", "s_zero")

@@ -196,3 +196,11 @@ def test_one_variant_or_one_block_stands_alone_where_it_is_asked_for():
         assert "under" not in text
         assert "helps most" not in text
     assert "variant bnp" in table(*several(), variant="bnp")
+
+
+def test_a_long_reason_is_cut():
+    first = compared({"0": {"raw": result(), "bnp": skipped("x" * 3000)}})
+    second = compared({"0": {"raw": result(), "bnp": result()}})
+    text = "".join(table(first, second).split())
+    assert f"skippedinthefirstrun:{'x' * 239}…" in text
+    assert "x" * 240 not in text

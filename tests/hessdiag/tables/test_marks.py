@@ -30,7 +30,7 @@ FINITE = st.floats(allow_nan=False, allow_infinity=False, min_value=-1e300, max_
         (Quantity.exact(0.0), "= 0"),
         (Quantity.exact(0.0, -1e-17, 1e-17), "= 0"),
         (Quantity.exact(23456.0, 23000.0, 24000.0), "= 2.3e+04"),
-        (Quantity.exact(23456.0, 13000.0, 34000.0), "= 2e+04"),
+        (Quantity.exact(23456.0, 15000.0, 25000.0), "= 2e+04"),
         (Quantity.exact(23456.0, 23450.0, 23499.0), "= 2.35e+04"),
         (Quantity.lower_bound(1.999e5), "≥ 1.99e+05"),
         (Quantity.lower_bound(0.3), "≥ 3.00e-01"),
@@ -50,6 +50,30 @@ def test_every_kind_in_print(quantity, shown):
     mark = certified(quantity)
     assert str(mark) == shown
     assert mark.kind in MEANINGS
+
+
+@pytest.mark.parametrize(
+    ("quantity", "shown"),
+    [
+        (Quantity.exact(0.01455, 0.0, 0.0769), "[0, 7.7e-2]"),
+        (Quantity.exact(0.0556, 0.0177, 0.0936), "[1.7e-2, 9.4e-2]"),
+        (Quantity.exact(23456.0, 13000.0, 34000.0), "[1.3e4, 3.4e4]"),
+        (Quantity.exact(-0.5, -0.9, 0.0), "[-9.0e-1, 0]"),
+        (Quantity.exact(0.0, 0.0, 1e-3), "[0, 1.0e-3]"),
+    ],
+)
+def test_an_exact_value_without_a_certain_digit_is_its_interval(quantity, shown):
+    mark = certified(quantity)
+    assert (str(mark), mark.kind) == (shown, "[]")
+
+
+def test_an_exact_value_whose_sign_is_open_is_zero():
+    for value, low, high in ((0.01, -0.01, 0.07), (-3e-17, -4e-17, 1e-17), (0.0, -1e-9, 1e-3)):
+        assert str(certified(Quantity.exact(value, low, high))) == "= 0"
+
+
+def test_the_ends_of_an_exact_interval_take_the_form_of_the_column():
+    assert str(certified(Quantity.exact(0.3, 0.1, 0.6), form=times)) == "[×0.10, ×0.60]"
 
 
 @given(FINITE, st.integers(1, 6))

@@ -114,3 +114,33 @@ def test_many_reasons_and_symmetries_are_cut_with_a_pointer():
         *(f"bnp skipped on {i}: reason {i}" for i in range(1, 9)),
         "3 more reasons: hessdiag show RUN --json",
     ]
+
+
+LONG = "the network raises " + "x" * 3000
+CUT = "thenetworkraises" + "x" * 220 + "…"
+
+
+def squeezed(run, variant=None):
+    """The text without its line breaks and spaces."""
+    return "".join(summary_table(run, variant=variant).split())
+
+
+def test_a_long_reason_is_cut_in_print_and_kept_in_the_document():
+    run = of("bn", a=result(), b=skipped(LONG))
+    assert f"-bnskippedonb:{CUT}" in squeezed(run)
+    assert f"skipped:{CUT}" in squeezed(run, "bn")
+    assert "x" * 221 not in squeezed(run) + squeezed(run, "bn")
+    assert LONG in run.to_json()
+
+
+def test_reasons_that_are_cut_to_the_same_words_are_said_once():
+    run = of("bn", a=result(), b=skipped(LONG + "1"), c=skipped(LONG + "2"))
+    assert squeezed(run).count(CUT) == 1
+    assert f"-bnskippedonb,c:{CUT}" in squeezed(run)
+
+
+def test_a_long_note_is_cut_and_one_of_240_characters_is_not():
+    text = squeezed(of(a=result(notes=[LONG, "y" * 240, "z" * 241])), "adam")
+    assert f"-a:{CUT}" in text
+    assert f"-a:{'y' * 240}-" in text
+    assert f"-a:{'z' * 239}…" in text

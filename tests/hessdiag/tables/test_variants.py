@@ -97,7 +97,8 @@ def test_every_pair_is_shown_once_a_quantity_and_no_line_runs_over(blocks, varia
     rows = [line for line in lines if line.startswith(("model", "m…", "…", "whole", "median"))]
     shown = sum(character in "=≥≤~?–" for line in rows for character in line)
     medians = (variants - 1 - others) * (blocks > 1)
-    assert shown == (blocks + 1) * (4 * variants - 1 - others) + medians
+    later = [t for t in split_titles(lines) if not t.startswith("ratio") and "(1/" not in t]
+    assert shown == (blocks + 1) * (4 * variants - 1 - others + len(later)) + medians
 
 
 @pytest.mark.parametrize("width", [80, 100, 160])
@@ -113,10 +114,51 @@ def test_a_wide_terminal_has_all_in_one_table_and_a_narrow_one_has_more():
     assert [panels(width) for width in (200, 100, 60)] == [1, 2, 4]
 
 
+def split_titles(lines):
+    """The titles of the parts of groups."""
+    found = [re.findall(r"\S[^()]*?\(\d+/\d+\)", line) for line in lines]
+    return [title.strip() for titles in found for title in titles]
+
+
 def test_a_group_that_is_too_wide_is_split_and_says_so():
-    lines = table(large_run(3, TEN), 80)
-    titles = [line.strip() for line in lines if line.strip().startswith("κ (")]
-    assert titles == ["κ (1/2)", "κ (2/2)"]
+    titles = split_titles(table(large_run(3, TEN), 80))
+    assert [t for t in titles if t.startswith("κ (")] == ["κ (1/3)", "κ (2/3)", "κ (3/3)"]
+
+
+def heads(lines):
+    """The variants over each table, by its title."""
+    at = [i for i, line in enumerate(lines) if line.startswith("block")]
+    return [(lines[i - 1].strip() or lines[i - 2].strip(), lines[i].split()[1:]) for i in at]
+
+
+def test_every_part_of_a_split_group_has_raw_to_compare_with_but_ratios_do_not():
+    keys = ("raw", *(f"variant-{k}" for k in range(12)))
+    found = heads(table(large_run(3, keys), 80))
+    for title, names in found:
+        assert names.count("raw") == (not title.startswith("ratio"))
+    for quantity, whose in (("κ (", keys), ("forecast", keys), ("ratio", keys[1:])):
+        parts = [names for title, names in found if title.startswith(quantity)]
+        assert len(parts) > 1
+        named = [n for k, part in enumerate(parts) for n in part if not (k and n == "raw")]
+        assert named == [*whose]
+
+
+def test_raw_is_not_repeated_where_there_is_no_room_for_two_columns():
+    run = compared({"0": {key: result(9.0, 1.0) for key in ("raw", "a", "b")}})
+    for width, expected in ((24, [["raw", "a"], ["raw", "b"]]), (23, [["raw"], ["a"], ["b"]])):
+        lines = table(run, width)
+        assert max(map(cell_len, lines[: lines.index("")])) <= width
+        assert [names for title, names in heads(lines) if title.startswith("κ (")] == expected
+
+
+def test_without_numbers_of_raw_its_column_is_not_repeated():
+    keys = ("raw", *(f"variant-{k}" for k in range(12)))
+    blocks = {name: {key: result(9.0, 1.0) for key in keys} for name in "ab"}
+    for row in blocks.values():
+        row["raw"] = skipped("not begun")
+    lines = table(compared(blocks), 80)
+    every = [name for title, names in heads(lines) if title.startswith("κ (") for name in names]
+    assert every == [*keys[1:]]
 
 
 def test_the_best_of_a_row_is_starred_where_its_interval_separates_it():

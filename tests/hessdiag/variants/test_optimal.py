@@ -62,7 +62,7 @@ def test_a_large_block_of_few_live_rows_is_taken():
 
 
 def test_above_the_exact_limit_it_is_refused():
-    with pytest.raises(NotApplicable, match="assembled block of at most 500"):
+    with pytest.raises(NotApplicable, match="above the exact limit"):
         optimal(scene(torch.eye(3).double(), exact=False))
 
 

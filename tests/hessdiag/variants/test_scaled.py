@@ -24,6 +24,17 @@ def cross_entropy(model, batch):
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
+def squares(model, batch):
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+class Unit(nn.Module):
+    """Normalisation without a mean, an eps or parameters."""
+
+    def forward(self, x):
+        return x / x.norm(dim=1, keepdim=True)
+
+
 def normalised_net():
     return nn.Sequential(
         *(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3, eps=1e-13), nn.Tanh(), nn.Flatten()),
@@ -55,7 +66,7 @@ def test_each_channel_before_batchnorm_is_measured_in_units_of_its_norm():
     assert (scale[12:] == 1).all()
     assert len(scale) == len(matrix)
     assert built.notes == ("scaled by their norms: 0.weight",)
-    assert built.source is None
+    assert built.source == "hessian"
 
 
 def test_the_scaled_hessian_does_not_depend_on_the_arbitrary_norms():
@@ -102,3 +113,42 @@ def test_batchnorm_with_running_statistics_leaves_the_norms_their_meaning():
     case = Case(normalised_net(), images(), cross_entropy, [20.0], mode="eval")
     with lent_scene(case.task) as scene, pytest.raises(NotApplicable, match="train mode"):
         norm_scaled(scene)
+
+
+class Deep(nn.Module):
+    """Scale-invariant weights in every one of many residual layers."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3, bias=False) for _ in range(layers))
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + torch.tanh(F.layer_norm(layer(x), (3,), eps=1e-20))
+        return self.head(x)
+
+
+def test_every_scale_invariant_tensor_is_scaled_however_many_there_are():
+    model = Deep(60).double()
+    data = [(torch.randn(30, 3).double(), torch.randint(0, 3, (30,)))]
+    with lent_scene(Case(model, data, cross_entropy, [30.0]).task) as scene:
+        built = norm_scaled(scene)
+        assert scene.product.count == 3  # two for all tensors, one for their rounding
+    for layer, scale in zip(model.layers, built.coordinates.scale[: 60 * 9].split(9), strict=True):
+        torch.testing.assert_close(scale, layer.weight.detach().norm().expand(9))
+
+
+def test_no_number_of_tests_leaves_an_invariant_tensor_out():
+    """At a minimum every tensor is a candidate; only half of them are invariant."""
+    layers = [m for _ in range(12) for m in (nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), Unit())]
+    model = nn.Sequential(*layers).double()
+    x = torch.randn(40, 3).double()
+    data = [(x, model(x).detach())]
+    with lent_scene(Case(model, data, squares, [40.0]).task) as scene:
+        scale = norm_scaled(scene).coordinates.scale
+        assert scene.product.count > 100
+        places = scene.places()
+    for name, where in places.items():
+        scaled = bool((scale[where] != 1).all())
+        assert scaled == (int(name.split(".")[0]) % 4 == 2), name

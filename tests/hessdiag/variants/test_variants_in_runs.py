@@ -19,7 +19,6 @@ from hessdiag.run import row_label
 from hessdiag.variants.coordinates import Dense, Diagonal
 from hessdiag.variants.scene import Built, NotApplicable, Scene
 
-CASES = ("mlp tanh", "convnet, BatchNorm eval", "transformer, tied, padded", "indefinite")
 DECAY = 0.03
 
 
@@ -85,11 +84,21 @@ def seen(run, variant, name, decay=0.0):
         yield block["name"], found, run[block["name"]].variants[variant], truth
 
 
-@pytest.mark.parametrize("decay", [0.0, DECAY])
-@pytest.mark.parametrize("name", CASES)
-def test_every_number_of_a_row_is_that_of_the_congruent_matrix(name, decay, makers):
+@pytest.mark.parametrize(
+    ("name", "decay", "blocks"),
+    [
+        ("mlp tanh", 0.0, "layer"),
+        ("mlp tanh", DECAY, "layer"),
+        ("convnet, BatchNorm eval", 0.0, "3"),
+        ("transformer, tied, padded", DECAY, "qkv,embed"),
+        ("indefinite", 0.0, "layer"),
+        pytest.param("convnet, BatchNorm eval", DECAY, "layer", marks=pytest.mark.slow),
+        pytest.param("transformer, tied, padded", 0.0, "layer", marks=pytest.mark.slow),
+    ],
+)
+def test_every_number_of_a_row_is_that_of_the_congruent_matrix(name, decay, blocks, makers):
     case = dense_oracle.case(name)
-    run = analyze(case.task(), variants="jacobi,adam,adamw", weight_decay=decay)
+    run = analyze(case.task(), variants="jacobi,adam,adamw", weight_decay=decay, blocks=blocks)
     checked = 0
     for variant in ("jacobi", "adam", "adamw"):
         for block, found, arrays, truth in seen(run, variant, name, decay):
@@ -107,7 +116,7 @@ def test_every_number_of_a_row_is_that_of_the_congruent_matrix(name, decay, make
                 for part, right in zip(("positive", "null", "negative"), parts, strict=True):
                     quantity = found["forecast"][horizon][part]
                     assert dense_oracle.holds(quantity, right, 1e-9 * max(1.0, abs(right)))
-    assert checked > 50
+    assert checked > 20
 
 
 def test_rows_are_those_of_the_congruent_matrix(makers):
@@ -153,16 +162,24 @@ def test_coordinates_that_are_not_finite_are_refused(monkeypatch):
     assert "leaves the range of floating point" in run["0"].variants["adam"]["skipped"]
 
 
-@pytest.mark.parametrize("decay", [0.0, DECAY])
-@pytest.mark.parametrize("name", CASES[:3])
-def test_above_the_exact_limit_every_certificate_holds(name, decay, makers):
+@pytest.mark.parametrize(
+    ("name", "decay", "blocks"),
+    [
+        ("mlp tanh", 0.0, "layer"),
+        ("mlp tanh", DECAY, "whole"),
+        ("convnet, BatchNorm eval", 0.0, "3"),
+        pytest.param("convnet, BatchNorm eval", DECAY, "layer", marks=pytest.mark.slow),
+        pytest.param("transformer, tied, padded", DECAY, "layer", marks=pytest.mark.slow),
+    ],
+)
+def test_above_the_exact_limit_every_certificate_holds(name, decay, blocks, makers):
     case = dense_oracle.case(name)
     run = analyze(
         case.task(),
         variants="jacobi,adam,adamw",
         exact_limit=0,
         weight_decay=decay,
-        curvature="hessian",
+        blocks=blocks,
     )
     checked = 0
     for variant in ("jacobi", "adam", "adamw"):
@@ -174,7 +191,7 @@ def test_above_the_exact_limit_every_certificate_holds(name, decay, makers):
                     assert dense_oracle.holds(quantity, right, error), (block, variant, path)
                     checked += 1
             assert found["products"] <= 80
-    assert checked > 20
+    assert checked > 10
 
 
 def test_gauss_newton_with_decay_has_a_floor_in_other_coordinates_too(makers):
