@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from hessdiag.curvature.engines import Recompute
 from hessdiag.curvature.hessian import hessian_product
-from hessdiag.curvature.objective import flatten
+from hessdiag.curvature.objective import Objective, flatten
 from hessdiag.variants.scene import Scene
 from hessdiag_probes.random import gaussian, generator, rademacher
 from hessdiag_probes.types import Vector
@@ -26,6 +27,14 @@ TESTED = 2
 LOST = 1000
 """Units in the last place that a product, or a difference of two, may be wrong by."""
 WITHOUT_EPS = 1e-10
+GUARD = 1e-3
+"""An eps that moves the loss by more, relative to it, is no guard against zero."""
+NORMS = (
+    *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+    *(nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm),
+)
+NAMED = re.compile(r"(Layer|RMS|Group|Batch|Instance)_?Norm", re.IGNORECASE)
+"""Names of classes that normalise, where the network brings its own."""
 EPSILONS = ("eps", "variance_epsilon")
 
 
@@ -229,7 +238,7 @@ def probed(
     """
     if tolerance is None:
         tolerance = _rounding(scene)
-    with _without_eps(scene.model) as changed:
+    with _without_eps(scene.objective) as changed:
         if gradient is None or changed:
             gradient = scene.objective.gradient(scene.parameters)
         position = flatten([p.data for p in scene.parameters])
@@ -246,16 +255,17 @@ def _rounding(scene: Scene) -> float:
 
 
 @contextmanager
-def _without_eps(model: nn.Module) -> Iterator[bool]:
+def _without_eps(objective: Objective) -> Iterator[bool]:
     """Make the eps of normalisation layers negligible; yields whether there are any.
 
     With its eps the output of BatchNorm changes by eps/(2 var) when its input is scaled: the
-    symmetry is that of the layer without it. Running statistics are no function of the input.
+    symmetry is that of the layer without it. Where the loss moves without eps, it is more than a
+    guard against zero, and stays. Running statistics are no function of the input.
     """
     saved: list[tuple[nn.Module, str, float]] = []
     try:
-        for module in model.modules():
-            if "norm" not in type(module).__name__.lower():
+        for module in objective.model.modules():
+            if not isinstance(module, NORMS) and not NAMED.search(type(module).__name__):
                 continue
             if not module.training and getattr(module, "running_var", None) is not None:
                 continue
@@ -264,10 +274,23 @@ def _without_eps(model: nn.Module) -> Iterator[bool]:
                 if isinstance(value, float) and value > 0:
                     saved.append((module, name, value))
                     setattr(module, name, value * WITHOUT_EPS)
+        if saved:
+            without = objective.value()
+            _put_back(saved)
+            there = objective.value()
+            if abs(without - there) <= GUARD * abs(there):
+                for module, name, value in saved:
+                    setattr(module, name, value * WITHOUT_EPS)
+            else:
+                saved = []
         yield bool(saved)
     finally:
-        for module, name, value in saved:
-            setattr(module, name, value)
+        _put_back(saved)
+
+
+def _put_back(saved: list[tuple[nn.Module, str, float]]) -> None:
+    for module, name, value in saved:
+        setattr(module, name, value)
 
 
 @dataclass(frozen=True)

@@ -192,6 +192,29 @@ def test_the_eps_of_what_normalises_is_made_negligible_and_put_back(mode):
         assert model[1].eps == model[2].eps == 1e-5
 
 
+class NormalNoiseFloor(nn.Module):
+    """Divides by a norm that its eps keeps away from: nothing here is invariant."""
+
+    def __init__(self):
+        super().__init__()
+        self.eps = 1.0
+
+    def forward(self, x):
+        return x / torch.sqrt(x.square().sum(-1, keepdim=True) + self.eps)
+
+
+@pytest.mark.parametrize("layer", [NormalNoiseFloor, lambda: nn.LayerNorm(5, eps=0.1)])
+def test_an_eps_that_matters_is_part_of_the_network(layer):
+    model = nn.Sequential(nn.Linear(4, 5), layer(), nn.Linear(5, 3))
+    eps = model[1].eps
+    case = classified(model, 4)
+    with lent_scene(case.task) as scene:
+        with probed(scene, None, 1e-13):
+            assert model[1].eps == eps
+        found = find_symmetries(scene, None, 1e-13).found
+    assert not any(text.startswith("scale-invariant") for text in found)
+
+
 def test_a_gradient_that_is_given_does_not_hide_what_eps_breaks():
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
     with lent_scene(classified(model, 4, mode="train").task) as scene:
@@ -337,6 +360,23 @@ def still_net(layers=24, width=3):
     """A network at a minimum: every first-order test passes, and nothing is symmetric."""
     layered = [m for _ in range(layers) for m in (nn.Linear(width, width), nn.Tanh())]
     return perturbed(nn.Sequential(*layered))
+
+
+def test_what_fails_of_one_kind_leaves_products_for_the_others():
+    layered = [m for _ in range(6) for m in (nn.Linear(4, 4), nn.LeakyReLU(0.3))]
+    case = still(perturbed(nn.Sequential(*layered)), [(torch.randn(60, 4).double(),)])
+    with lent_scene(case.task) as scene:
+        found = find_symmetries(scene, None, 1e-13)
+    assert found.untested > 0  # scales, which all fail at a minimum
+    assert sum(name.startswith("ReLU rescaling") for name in found.found) == 5
+
+
+@pytest.mark.parametrize("held", ["norm.weight", "norm.bias"])
+def test_a_null_vector_moves_with_either_parameter_of_the_norm(held):
+    data = [(torch.randn(12, 3, 2).double(), torch.randn(12, 3).double())]
+    task = Case(perturbed(Encoder()), data, mse, [12.0]).task
+    with lent_scene(task, [held, "head.weight", "head.bias"]) as scene:
+        assert find_symmetries(scene, None, 1e-13) == Symmetries([], 0, 0)
 
 
 def test_what_was_not_tested_is_said():
