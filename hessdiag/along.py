@@ -16,8 +16,8 @@ from hessdiag.errors import OptionError
 from hessdiag.fingerprint import hash_tensors
 from hessdiag.iterates import Iterate, digest, find_iterates
 from hessdiag.names import clean_name
-from hessdiag.network import Network
-from hessdiag.opened import Opened, Row
+from hessdiag.network import Network, Row
+from hessdiag.opened import Opened
 from hessdiag.options import Options
 from hessdiag.rows import Rows, why
 from hessdiag.trajectory import cosines, placed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -37,6 +38,19 @@ def allowed(options: Options, size: int, like: Tensor) -> Budget:
         power=options.eigensolver == "power",
     )
     return fitted(wanted, size, number=like.element_size(), free=free)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row in the order of work.
+
+    Attributes:
+        name: Of the block and, but for raw, its variant: fixes the random vectors.
+        step: Its place, from 1, and the number of rows.
+    """
+
+    name: str
+    step: tuple[int, int]
 
 
 class Network:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -14,12 +14,12 @@ from hessdiag.blocks import WHOLE, Block
 from hessdiag.checkpoint.optimizer import OptimizerState
 from hessdiag.conditioning.bounds import never_exact
 from hessdiag.conditioning.diagonal import diagonal_gap
-from hessdiag.conditioning.spectrum import Inertia
+from hessdiag.conditioning.kappa import stored_inertia
 from hessdiag.curvature.convexity import convex_loss
 from hessdiag.curvature.objective import flatten
 from hessdiag.curvature.precision import gradient_noise, noise_of
 from hessdiag.errors import InputError
-from hessdiag.network import Network
+from hessdiag.network import Network, Row
 from hessdiag.progress import Event
 from hessdiag.quantity import Quantity
 from hessdiag.run import VariantResult
@@ -44,28 +44,13 @@ from hessdiag.variants.coordinates import (
 )
 from hessdiag.variants.scene import Built, Iterates, Scene
 from hessdiag_probes.exact import assemble
-from hessdiag_probes.lanczos import lanczos
 from hessdiag_probes.random import generator, sphere
 from hessdiag_probes.types import CountedMatvec, Matvec, Vector
 
-HALF_STEPS = 20
 CANCELLED = 1e6
 """A congruence whose sums are so many times smaller than their terms is made from products."""
 SQUARES = (1e-140, 1e140)  # numbers whose squares, and sums of them, float64 holds
 NOT_CONVEX = "the loss is not recognised as convex in the outputs, so nothing is claimed from that"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row in the order of work.
-
-    Attributes:
-        name: Of the block and, but for raw, its variant: fixes the random vectors.
-        step: Its place, from 1, and the number of rows.
-    """
-
-    name: str
-    step: tuple[int, int]
 
 
 class Opened:
@@ -254,7 +239,7 @@ class Opened:
         """
         options = self.network.options
         coordinates, decay = built.coordinates, options.weight_decay
-        view = self._view(coordinates, 0.0 if decoupled else decay)
+        view = self.view(coordinates, 0.0 if decoupled else decay)
         problem = self._transformed(coordinates, view, row, decoupled=decoupled)
         # Signs are those of raw by Sylvester's law; a shift of z's own is no congruence.
         congruent = not (decoupled and decay)
@@ -268,7 +253,7 @@ class Opened:
         if bool((cleaned.doubt > 0).any()):
             lost = congruence(self.matrix - cleaned.matrix, coordinates).norm(dim=1)
         if congruent:
-            problem = replace(problem, inertia=stored_inertia(raw))
+            problem = replace(problem, inertia=stored_inertia(raw.values))
         matrix = cleaned.matrix
         if not decoupled:
             matrix.diagonal().add_(decay)
@@ -295,7 +280,7 @@ class Opened:
         timed = network.timed(watched)
         return assemble(timed, size, dtype=like.dtype, device=like.device).matrix
 
-    def _view(self, coordinates: Coordinates, decay: float) -> Callable[[Matvec], Matvec]:
+    def view(self, coordinates: Coordinates, decay: float) -> Callable[[Matvec], Matvec]:
         """``H -> Pᵀ (H + decay) P`` on products, the dead rows of H zeroed."""
         alive = ~self.dead
 
@@ -412,53 +397,3 @@ class Opened:
             return Quantity.absent()
         bound = None if built is None else built.diagonal_bound
         return diagonal_gap(kappa, self.diagonal_floor, bound=bound)
-
-    def half_ratio(self, solved: Solved, built: Built | None = None) -> Quantity:
-        """λ_max on one half of the drawn examples over that on the other, by Lanczos."""
-        network = self.network
-        if not network.halves:
-            return Quantity.absent()
-        kappa = solved.values["kappa"]
-        if isinstance(kappa, Quantity) and kappa.status == "zero":
-            return Quantity.zero()  # the halves hold rounding noise
-        decay = network.options.weight_decay
-        # What of the decay is inside the products, and what is added to their eigenvalues.
-        inside = decay if built is not None and not built.decoupled else 0.0
-        tops = []
-        for half in network.halves:
-            product: Matvec = network.engine(half, self.parameters)
-            if built is not None:
-                product = self._view(built.coordinates, inside)(product)
-            start = sphere(
-                self.block.size,
-                generator=generator(network.options.seed, self.block.name, "half ratio"),
-                dtype=self.parameters[0].dtype,
-                device=self.parameters[0].device,
-            )
-            run = lanczos(product, start, min(HALF_STEPS, self.block.size), converged=network.late)
-            tops.append(float(run.ritz().value[-1]) + decay - inside)
-        if min(tops) <= 0 or network.late():
-            return Quantity.unresolved()
-        return Quantity.estimate(tops[0] / tops[1])
-
-
-def stored_inertia(row: VariantResult) -> Inertia | None:
-    """The signs that the row of raw counted, or None where it counted none for certain."""
-    positive, negative = row["n_positive"], row["n_negative"]
-    ends = (
-        *(positive.value, negative.value, positive.low, positive.high),
-        *(negative.low, negative.high),
-    )
-    if any(end is None for end in ends):
-        return None
-    return Inertia(
-        positive=round(positive.value),
-        negative=round(negative.value),
-        positive_low=round(positive.low),
-        positive_high=round(positive.high),
-        negative_low=round(negative.low),
-        negative_high=round(negative.high),
-        margin_above=row["margin_above"],
-        margin_below=row["margin_below"],
-        ambiguous=bool(row["ambiguous"]),
-    )

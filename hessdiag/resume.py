@@ -10,9 +10,9 @@ from typing import Any
 
 import hessdiag
 from hessdiag.blocks import Block
+from hessdiag.finished import FinishedRows, finished_rows, is_complete, still_good
 from hessdiag.options import Options
 from hessdiag.progress import Event, Report
-from hessdiag.rows import FinishedRows, finished_rows, is_complete, still_good
 from hessdiag.run import Run
 from hessdiag.store.folder import parts_folder
 from hessdiag.store.identity import check_same

@@ -12,11 +12,12 @@ import torch
 from hessdiag.blocks import WHOLE, Block
 from hessdiag.checkpoint.optimizer import OptimizerState
 from hessdiag.errors import HessdiagError, OutOfTime, is_out_of_memory
-from hessdiag.network import Network
-from hessdiag.opened import Opened, Row
-from hessdiag.options import Options
+from hessdiag.finished import FinishedRows
+from hessdiag.halves import half_ratio
+from hessdiag.network import Network, Row
+from hessdiag.opened import Opened
 from hessdiag.quantity import Quantity
-from hessdiag.run import BlockResult, Run, Value, VariantResult, row_label
+from hessdiag.run import BlockResult, Value, VariantResult, row_label
 from hessdiag.solve import Solved, skipped_fields
 from hessdiag.solve.problem import CUT_SHORT
 from hessdiag.store.journal import Journal
@@ -24,63 +25,15 @@ from hessdiag.store.parts import Finished
 from hessdiag.symmetries import find_symmetries
 from hessdiag.variants.coordinates import identity
 from hessdiag.variants.decay import trained_decoupled
-from hessdiag.variants.grammar import RAW, Variant, parse_variant
+from hessdiag.variants.grammar import RAW, Variant
 from hessdiag.variants.registry import MAKERS
-from hessdiag.variants.scene import Built, Iterates, NotApplicable
+from hessdiag.variants.scene import Built, Iterates, NotApplicable, check_finite
 
 # What a block may die of without taking the others along.
 FAILURES = (HessdiagError, ArithmeticError, ValueError, RuntimeError, MemoryError)
 
 Computation = Callable[[], tuple[tuple[Solved, int], Built | None]]
 """The row and the products it took, with the coordinates that were made for it."""
-
-FinishedRows = Mapping[tuple[str, str], Finished]
-"""By (block, variant)."""
-
-
-def finished_rows(run: Run) -> dict[tuple[str, str], Finished]:
-    """The rows of a stored run that need not be computed again; some do not apply."""
-    record = run.provenance.environment
-    again = set(record.get("failed", ()))
-    limited = set(record.get("limited", ()))
-    limit = run.provenance.config.get("max_seconds")
-    return {
-        (block.name, variant): Finished(
-            BlockResult(block.name, block.parameters, {variant: result}),
-            variant,
-            record.get("engine", {}).get(row_label(block.name, variant)),
-            record.get("seconds", {}).get(row_label(block.name, variant), 0.0),
-            limit,
-        )
-        for block in run.blocks
-        for variant, result in block.variants.items()
-        if row_label(block.name, variant) not in again
-        and parse_variant(variant).network not in limited
-    }
-
-
-def still_good(done: Finished, options: Options) -> bool:
-    """Whether a command with ``options`` may take a row as it is.
-
-    One that ``--max-seconds`` cut short is done again by a command that allows more.
-    """
-    if CUT_SHORT not in done.result["notes"]:
-        return True
-    if options.max_seconds is None or done.max_seconds is None:
-        return False
-    return options.max_seconds <= done.max_seconds
-
-
-def is_complete(run: Run, options: Options) -> bool:
-    """Whether a stored run of the same fingerprint leaves nothing to do."""
-    record = run.provenance.environment
-    if record.get("failed"):
-        return False
-    # What memory did not allow is tried again with another budget only.
-    budget = run.provenance.config.get("memory_budget")
-    if record.get("limited") and options.memory_budget != budget:
-        return False
-    return all(still_good(done, options) for done in finished_rows(run).values())
 
 
 @dataclass(frozen=True)
@@ -230,7 +183,7 @@ class Rows:
                 scene = opened.scene(own, self.optimizer, self.iterates, decoupled=decoupled)
                 built = MAKERS[variant.coordinates](scene)
                 spent = scene.product.count
-                _check_finite(built, opened)
+                check_finite(built, opened.position)
             own_decay = decoupled if built.decoupled is None else built.decoupled
             built = replace(built, decoupled=own_decay)
             row = Row(row_label(opened.block.name, variant.key), self._step())
@@ -360,7 +313,7 @@ class Rows:
             ratio = Quantity.unresolved() if opened.network.halves else Quantity.absent()
         else:
             try:
-                ratio = opened.half_ratio(solved, built)
+                ratio = half_ratio(opened, solved, built)
             except FAILURES as error:
                 ratio = Quantity.unresolved()
                 notes.append(f"its half_ratio failed: {' '.join(str(error).split())}")
@@ -436,19 +389,3 @@ def why(error: BaseException) -> str:
         return "failed: out of memory; lower --exact-limit or --memory-budget"
     kind = "" if isinstance(error, HessdiagError) else f"{type(error).__name__}: "
     return " ".join(f"failed: {kind}{error}".split())
-
-
-def _check_finite(built: Built, opened: Opened) -> None:
-    """Refuse coordinates that are not finite.
-
-    Raises:
-        ArithmeticError: They are not.
-    """
-    ones = torch.ones_like(opened.position)
-    coordinates = built.coordinates
-    sides = (coordinates.apply(ones), coordinates.transposed(ones), coordinates.inverse(ones))
-    if not all(bool(torch.isfinite(side).all()) for side in sides):
-        raise ArithmeticError(
-            "the preconditioner leaves the range of floating point; "
-            "multiply the loss by a constant that brings its gradients near 1"
-        )

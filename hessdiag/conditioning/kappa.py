@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -169,4 +171,26 @@ def _kappa_damped(spectrum: ExactSpectrum, damping: float | None) -> Quantity:
         (top + damping) / (low + damping) if low + damping > 0 else math.inf,
         (top - top_error + damping) / (low + error + damping),
         (top + top_error + damping) / below,
+    )
+
+
+def stored_inertia(row: Mapping[str, Any]) -> Inertia | None:
+    """The signs that the row of raw counted, or None where it counted none for certain."""
+    positive, negative = row["n_positive"], row["n_negative"]
+    ends = (
+        *(positive.value, negative.value, positive.low, positive.high),
+        *(negative.low, negative.high),
+    )
+    if any(end is None for end in ends):
+        return None
+    return Inertia(
+        positive=round(positive.value),
+        negative=round(negative.value),
+        positive_low=round(positive.low),
+        positive_high=round(positive.high),
+        negative_low=round(negative.low),
+        negative_high=round(negative.high),
+        margin_above=row["margin_above"],
+        margin_below=row["margin_below"],
+        ambiguous=bool(row["ambiguous"]),
     )

@@ -123,5 +123,21 @@ class Built:
     diagonal_bound: float | None = None
 
 
+def check_finite(built: Built, like: Tensor) -> None:
+    """Refuse coordinates that are not finite.
+
+    Raises:
+        ArithmeticError: They are not.
+    """
+    ones = torch.ones_like(like)
+    coordinates = built.coordinates
+    sides = (coordinates.apply(ones), coordinates.transposed(ones), coordinates.inverse(ones))
+    if not all(bool(torch.isfinite(side).all()) for side in sides):
+        raise ArithmeticError(
+            "the preconditioner leaves the range of floating point; "
+            "multiply the loss by a constant that brings its gradients near 1"
+        )
+
+
 Maker = Callable[[Scene], Built]
 """Makes the coordinates of a block, or raises :class:`NotApplicable`."""

@@ -470,6 +470,18 @@ def test_numbers_that_rounding_of_changed_inputs_blurs_are_not_told(big, known, 
     assert found["s_positive"] == raw["s_positive"]
 
 
+@pytest.mark.parametrize(("big", "sign"), [(6e10, 1), (1e9, -1)])
+def test_the_hessian_is_blurred_before_h_e_is(big, sign):
+    torch.manual_seed(3)
+    base = torch.randn(40, 2, dtype=torch.float64)
+    rows = torch.stack([base[:, 0], base[:, 0] + 1e-2 * base[:, 1]], dim=1) + big
+    curvature = torch.ones(1, 40, dtype=torch.float64)
+    curvature[0, 0] = sign
+    found = neuron_factors(observed(rows, curvature), lambda given: given - big)
+    assert np.isfinite(found["kappa_hidden"]).all()
+    assert np.isnan([found["kappa_hessian"], found["bound"], found["slack"]]).all()
+
+
 def test_the_model_is_left_as_it_was():
     example = case(net(nn.Tanh, 3, 2), classes(3, 2), cross_entropy)
     with lent(example.task) as (objective, _):

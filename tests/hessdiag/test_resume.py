@@ -17,9 +17,9 @@ import sample_runs
 from hessdiag import Task, open_run
 from hessdiag import analyze as analyze_all
 from hessdiag.errors import OutOfResources, StoreError
+from hessdiag.finished import still_good
 from hessdiag.opened import Opened
 from hessdiag.options import Options
-from hessdiag.rows import still_good
 from hessdiag.run import BlockResult, VariantResult
 from hessdiag.solve import Solved
 from hessdiag.solve.problem import CUT_SHORT
@@ -459,7 +459,7 @@ def test_what_is_in_the_way_of_the_parts_is_refused_before_any_work(task, path, 
 def test_a_half_ratio_that_fails_is_a_note_of_its_row_and_costs_no_number(
     task, undisturbed, monkeypatch
 ):
-    monkeypatch.setattr(Opened, "half_ratio", break_down)
+    monkeypatch.setattr("hessdiag.rows.half_ratio", break_down)
     run = analyze(task)
     for block in run.blocks:
         found = block.variants["raw"]
@@ -473,7 +473,7 @@ def test_a_row_that_time_cut_short_takes_no_more_products_for_the_ratio_of_its_h
     examples, status, task, monkeypatch
 ):
     Solving(monkeypatch, b2=cut_short)
-    monkeypatch.setattr(Opened, "half_ratio", lambda *_: pytest.fail("took more time"))
+    monkeypatch.setattr("hessdiag.rows.half_ratio", lambda *_: pytest.fail("took more time"))
     run = analyze(task, blocks="2", max_examples=examples)
     assert run["2"].variants["raw"]["half_ratio"].status == status
 
