@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import hessdiag
+from hessdiag.variants.grammar import COORDINATES
 
 pytestmark = pytest.mark.gpu
 
@@ -33,6 +34,21 @@ def test_exact_spectra_agree_with_the_cpu(mode, curvature):
         want = block.variants["raw"].spectrum["eigenvalue"]
         got = there[block.name].variants["raw"].spectrum["eigenvalue"]
         assert np.abs(got - want).max() <= 1e-12 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("network", ["", "bn", "bn-detached", "ln", "without-bn"])
+def test_every_variant_agrees_with_the_cpu(network):
+    names = [name for name in COORDINATES if name not in {"raw", "optimizer"}]
+    chosen = [network or "raw", *(f"{network}+{name}".removeprefix("+") for name in names)]
+    there = hessdiag.analyze(make_task(), device="cuda", variants=chosen)
+    here = hessdiag.analyze(make_task(), device="cpu", variants=chosen)
+    for block in here.blocks:
+        for name, known in block.variants.items():
+            found = there[block.name].variants[name]
+            assert found["skipped"] == known["skipped"]
+            if known["skipped"] is None:
+                want, got = (r.spectrum["eigenvalue"] for r in (known, found))
+                assert np.abs(got - want).max() <= 1e-7 * np.abs(want).max(), (block.name, name)
 
 
 @pytest.mark.parametrize("eigensolver", ["lanczos", "power"])
