@@ -8,6 +8,7 @@ from dataclasses import replace
 from hessdiag.blocks import WHOLE, Block
 from hessdiag.curvature.objective import Objective
 from hessdiag.data import join, row_count
+from hessdiag.errors import OutOfResources, StoreError
 from hessdiag.explained import Explained
 from hessdiag.names import layer_of
 from hessdiag.network import Network
@@ -88,6 +89,8 @@ def _changed(
         rows.limited.append(name)
     except NotApplicable as reason:
         rows.skip(blocks, variants, str(reason), dtype=options.dtype, same_function=same)
+    except (StoreError, OutOfResources):
+        raise  # of the journal: no row failed
     except FAILURES as error:
         failure = why(error)
         rows.skip(blocks, variants, failure, dtype=options.dtype, same_function=same, failed=True)

@@ -553,3 +553,16 @@ def test_replayed_gradients_make_the_cut_of_the_data_part_of_the_analysis(task, 
     other = path.with_name("other.h5")
     analyze(task, output=other)
     same(analyze(halves, output=other), open_run(other))
+
+
+def test_a_full_disk_ends_the_rows_of_a_changed_network_as_any_other(task, path, monkeypatch):
+    add = journal.Journal.add
+
+    def full(self, done):
+        if done.variant == "bn":
+            raise OutOfResources("no space left")
+        add(self, done)
+
+    monkeypatch.setattr(journal.Journal, "add", full)
+    with pytest.raises(OutOfResources, match="no space left"):
+        analyze_all(task, variants="raw,bn", blocks="2", output=path)
