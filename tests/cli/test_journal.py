@@ -16,8 +16,6 @@ import processes
 from hessdiag.opened import Opened
 from hessdiag_cli import __main__ as entry
 
-BLOCKS = processes.BLOCKS
-
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
@@ -220,7 +218,7 @@ def test_signals_keep_finished_blocks_and_a_second_ctrl_c_shows_no_traceback(her
         assert (found, out) == (code, "")
         assert "Traceback" not in err
         assert err.count("the same command resumes") == 1
-        assert f"{word}{len(processes.parts(here))} of {BLOCKS} block" in err
+        assert f"{word}{len(processes.parts(here))} of {processes.ROWS} rows" in err
         assert processes.parts(here) > done
         done = processes.parts(here)
 

@@ -1,4 +1,4 @@
-"""Kill -9 at any moment loses at most the block in work; so does a disk that fills up.
+"""Kill -9 at any moment loses at most the row in work; so does a disk that fills up.
 
 ``HESSDIAG_KILLS=200`` asks for more kills than the usual 30.
 """
@@ -45,7 +45,7 @@ def kill_at(moment, process, folder, source, seconds):
             wait_for(lambda: not any(inside.glob(".hessdiag-*")), process, deadline)
         wait_for(lambda: any(inside.glob(".hessdiag-*")), process, deadline)
     else:
-        full = processes.BLOCKS
+        full = processes.ROWS
         wait_for(lambda: len(processes.parts(folder)) == full, process, deadline)
         time.sleep(source.uniform(0, 0.3))
     process.kill()
@@ -83,7 +83,7 @@ def test_killed_analyses_resume_to_the_undisturbed_run(undisturbed, tmp_path):
     print(f"{sum(killed.values())} kills {dict(killed)} over {rounds} runs")
 
 
-@pytest.mark.parametrize(("limit", "finished"), [(300, 0), (60_000, 0), (150_000, 7)])
+@pytest.mark.parametrize(("limit", "finished"), [(300, 0), (60_000, 0), (150_000, 14)])
 def test_a_full_disk_exits_5_keeps_what_is_finished_and_the_same_command_resumes(
     limit, finished, undisturbed, tmp_path
 ):
@@ -101,7 +101,7 @@ def test_a_full_disk_exits_5_keeps_what_is_finished_and_the_same_command_resumes
     assert not (tmp_path / "model.h5").exists()
     assert len(processes.parts(tmp_path)) == finished
     if finished:
-        assert f"{finished} of {processes.BLOCKS} blocks" in err
+        assert f"{finished} of {processes.ROWS} rows" in err
         assert "the same command resumes" in err
     code, _, err = processes.finish(processes.start(tmp_path))
     assert code == 0
@@ -123,4 +123,4 @@ def test_a_full_disk_leaves_the_old_run_as_it_was(undisturbed, tmp_path):
     )
     assert code == 5, err
     assert (tmp_path / "model.h5").read_bytes() == before
-    assert len(processes.parts(tmp_path)) == processes.BLOCKS
+    assert len(processes.parts(tmp_path)) == processes.ROWS

@@ -36,6 +36,7 @@ def task(pause=0.002):
     return Task(nn.Sequential(*layers), [x], loss)
 """
 BLOCKS = 7
+ROWS = 2 * BLOCKS  # raw and bnp: there is no optimizer state
 
 
 def prepare(folder: Path) -> None:
