@@ -32,6 +32,7 @@ from hessdiag.variants.scene import Built, Iterates, NotApplicable, check_finite
 # What a block may die of without taking the others along.
 FAILURES = (HessdiagError, ArithmeticError, ValueError, RuntimeError, MemoryError)
 
+CONGRUENCE = "congruence"
 Computation = Callable[[], tuple[tuple[Solved, int], Built | None]]
 """The row and the products it took, with the coordinates that were made for it."""
 
@@ -226,7 +227,9 @@ class Rows:
             values["notes"] = [*told, *stage.notes, *self._own_rank(stage, block, values)]
             self._put(block, variant, VariantResult(values, solved.spectrum, solved.rows))
         self.timings[label] = time.perf_counter() - started
-        self.engines[label] = opened.engine_name
+        # Of an assembled block the engine of its own row made the matrix of all others.
+        viewed = variant.coordinates != RAW and opened.exact
+        self.engines[label] = CONGRUENCE if viewed else opened.engine_name
 
     def _own_rank(self, stage: Stage, block: Block, values: Mapping[str, Value]) -> list[str]:
         """What a reader of ``kappa_quantile`` must know of a changed network (maths 1.3)."""
