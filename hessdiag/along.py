@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hessdiag.blocks import WHOLE, Block
 from hessdiag.checkpoint import match_weights, read_checkpoint
+from hessdiag.curvature.objective import placed
 from hessdiag.errors import OptionError
 from hessdiag.fingerprint import hash_tensors
 from hessdiag.iterates import Iterate, digest, find_iterates
@@ -20,7 +21,7 @@ from hessdiag.network import Network, Row
 from hessdiag.opened import Opened
 from hessdiag.options import Options
 from hessdiag.rows import Rows, why
-from hessdiag.trajectory import cosines, placed
+from hessdiag.trajectory import cosines
 from hessdiag.variants.grammar import RAW
 from hessdiag.variants.scene import Iterates
 

@@ -15,7 +15,7 @@ from hessdiag.along import cosines_at, find_trajectory
 from hessdiag.blocks import WHOLE, find_blocks
 from hessdiag.checkpoint import Checkpoint, match_weights, read_checkpoint
 from hessdiag.checkpoint.optimizer import OptimizerState, map_optimizer
-from hessdiag.curvature.loan import bare, exact_arithmetic, loan
+from hessdiag.curvature.loan import bare, exact_arithmetic, has_batch_statistics, loan
 from hessdiag.curvature.objective import Objective
 from hessdiag.data import halves, load_batches
 from hessdiag.errors import InputError, OptionError
@@ -314,12 +314,3 @@ def pick_device(name: str) -> torch.device:
         if torch.device(name).index not in (None, *range(have)) or have == 0:
             raise InputError(f"device {name} is not there ({have} CUDA devices); use --device cpu")
     return torch.device(name)
-
-
-def has_batch_statistics(model: nn.Module) -> bool:
-    """Whether the model, in its present mode, normalises by the statistics of the batch."""
-    kinds = (nn.modules.batchnorm._BatchNorm,)
-    return any(
-        isinstance(module, kinds) and (module.training or module.running_mean is None)
-        for module in model.modules()
-    )

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hessdiag.analysis import has_batch_statistics, pick_device
+from hessdiag.analysis import pick_device
 from hessdiag.blocks import WHOLE, Block, find_blocks
 from hessdiag.checkpoint import Checkpoint, match_weights, read_checkpoint
 from hessdiag.curvature.engines import Engine, make_engine
-from hessdiag.curvature.loan import bare, exact_arithmetic, loan
+from hessdiag.curvature.loan import bare, exact_arithmetic, has_batch_statistics, loan
 from hessdiag.curvature.objective import Objective
 from hessdiag.curvature.precision import gradient_noise, noise_of
 from hessdiag.data import load_batches
@@ -131,9 +131,9 @@ def estimate(
         report: Called with an :class:`Event` before each block.
         **options: Those of ``analyze``.
     Returns:
-        The estimate. A block above the exact limit is counted at the most that it may cost; a
-        positive definite one of a huge range may take ten times its dense solve. The model is
-        bit for bit what it was.
+        The estimate, without H_e, neurons, symmetries and cosines. A block above the exact limit
+        is counted at the most that it may cost; a positive definite one of a huge range may take
+        ten times its dense solve. The model is bit for bit what it was.
     Raises:
         HessdiagError: As ``analyze`` would: the self-checks are run too.
     Cost:

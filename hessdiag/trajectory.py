@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from hessdiag.cosine_summary import LARGE
 from hessdiag.curvature.engines import free_memory
-from hessdiag.curvature.objective import Objective, flatten
+from hessdiag.curvature.objective import Objective, flatten, placed
 from hessdiag.errors import InputError, OutOfResources, OutOfTime
 from hessdiag.iterates import Iterate
 from hessdiag.progress import Event, Report
@@ -131,19 +130,6 @@ def cosines(
         found["fraction_above"][t] = _share(found["cosine"][t], found["valid"][t])
     found["gradient_rms"] = (squares / max(finite, 1)).sqrt().cpu().numpy()
     return found
-
-
-@contextmanager
-def placed(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
-    """The parameters at ``values``; their storage is not written, so kept graphs stay right."""
-    saved = [p.data for p in parameters]
-    try:
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.data = value.to(parameter.device, parameter.dtype)
-        yield
-    finally:
-        for parameter, data in zip(parameters, saved, strict=True):
-            parameter.data = data
 
 
 def _ends(turned: Vector, error: Vector, low: Vector, high: Vector) -> tuple[Vector, Vector]:

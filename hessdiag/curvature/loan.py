@@ -35,6 +35,15 @@ def bare(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def has_batch_statistics(model: nn.Module) -> bool:
+    """Whether the model, in its present mode, normalises by the statistics of the batch."""
+    kinds = (nn.modules.batchnorm._BatchNorm,)
+    return any(
+        isinstance(module, kinds) and (module.training or module.running_mean is None)
+        for module in model.modules()
+    )
+
+
 @contextmanager
 def loan(
     modules: Sequence[nn.Module], *, mode: str, dtype: torch.dtype, device: torch.device

@@ -134,13 +134,21 @@ def unflatten(vector: Vector, parameters: Sequence[nn.Parameter]) -> list[Tensor
 
 
 @contextmanager
-def moved(parameters: Sequence[nn.Parameter], step: Vector) -> Iterator[None]:
-    """The parameters at ``p + step``; their storage is not written, so kept graphs stay right."""
+def placed(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """The parameters at ``values``; their storage is not written, so kept graphs stay right."""
     saved = [p.data for p in parameters]
     try:
-        for parameter, piece in zip(parameters, unflatten(step, parameters), strict=True):
-            parameter.data = parameter.data + piece
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value.to(parameter.device, parameter.dtype)
         yield
     finally:
         for parameter, data in zip(parameters, saved, strict=True):
             parameter.data = data
+
+
+@contextmanager
+def moved(parameters: Sequence[nn.Parameter], step: Vector) -> Iterator[None]:
+    """The parameters at ``p + step``, as :func:`placed` puts them."""
+    pieces = unflatten(step, parameters)
+    with placed(parameters, [p.data + piece for p, piece in zip(parameters, pieces, strict=True)]):
+        yield

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hessdiag.curvature.objective import unflatten
+from hessdiag.curvature.loan import has_batch_statistics
+from hessdiag.curvature.objective import placed, unflatten
 from hessdiag.data import is_stack, row_count, take
 from hessdiag.variants.grammar import parse_variant
 from hessdiag.variants.moments import RULES, Group, Rule, State, serves
@@ -213,7 +213,7 @@ def _along(scene: Scene) -> Iterator[Sample]:
             if name not in values or values[name].shape != own.shape:
                 raise NotApplicable(f"iterate {index} does not hold {name} as {tuple(own.shape)}")
             position[name] = values[name].detach().to(own)
-        with _at(scene.named, position):
+        with placed([scene.named[n] for n in position], [*position.values()]):
             gradient = scene.objective.gradient([scene.named[name] for name in names])
         if not bool(gradient.isfinite().all()):
             raise NotApplicable(f"the gradient at iterate {index} is not finite")
@@ -242,34 +242,12 @@ def _slices(scene: Scene, batch: Any) -> list[Any]:
     if not is_stack(batch):
         return [batch]
     rows = row_count(batch)
-    least = 2 if scene.changed or _normalises(scene.model) else 1
+    least = 2 if scene.changed or has_batch_statistics(scene.model) else 1
     count = max(1, min(SLICES, rows // least))
     ends = [rows * part // count for part in range(count + 1)]
     return [take(batch, slice(*pair)) for pair in pairwise(ends)]
 
 
-def _normalises(model: nn.Module) -> bool:
-    """Whether rows of a batch see each other through BatchNorm."""
-    return any(
-        isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and (module.training or module.running_mean is None)
-        for module in model.modules()
-    )
-
-
 def _by_name(scene: Scene, names: Sequence[str], gradient: Tensor) -> dict[str, Tensor]:
     pieces = unflatten(gradient, [scene.named[name] for name in names])
     return dict(zip(names, pieces, strict=True))
-
-
-@contextmanager
-def _at(named: Mapping[str, nn.Parameter], position: Mapping[str, Tensor]) -> Iterator[None]:
-    """The parameters at ``position``; their storage is not written, so kept graphs stay right."""
-    saved = {name: named[name].data for name in position}
-    try:
-        for name, value in position.items():
-            named[name].data = value
-        yield
-    finally:
-        for name, value in saved.items():
-            named[name].data = value
