@@ -14,13 +14,14 @@ from hessdiag.blocks import WHOLE, Block
 from hessdiag.checkpoint import match_weights, read_checkpoint
 from hessdiag.curvature.objective import placed
 from hessdiag.errors import OptionError
+from hessdiag.failures import why
 from hessdiag.fingerprint import hash_tensors
 from hessdiag.iterates import Iterate, digest, find_iterates
 from hessdiag.names import clean_name
 from hessdiag.network import Network, Row
 from hessdiag.opened import Opened
 from hessdiag.options import Options
-from hessdiag.rows import Rows, why
+from hessdiag.rows import Rows
 from hessdiag.trajectory import cosines
 from hessdiag.variants.grammar import RAW
 from hessdiag.variants.scene import Iterates

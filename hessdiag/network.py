@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from hessdiag.blocks import WHOLE, Block
-from hessdiag.curvature.engines import Engine, free_memory, make_engine
+from hessdiag.curvature.engines import Engine, make_engine
 from hessdiag.curvature.objective import Objective
 from hessdiag.errors import OutOfTime
+from hessdiag.memory import free_memory
 from hessdiag.names import named_parameters
 from hessdiag.options import Options, exact_limit
 from hessdiag.progress import Event, Report

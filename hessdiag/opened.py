@@ -10,7 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hessdiag.blocks import WHOLE, Block
+from hessdiag.block_hessian import BlockHessian
+from hessdiag.blocks import Block
 from hessdiag.checkpoint.optimizer import OptimizerState
 from hessdiag.conditioning.bounds import never_exact
 from hessdiag.conditioning.diagonal import diagonal_gap
@@ -43,7 +44,6 @@ from hessdiag.variants.coordinates import (
     entry_rounding,
 )
 from hessdiag.variants.scene import Built, Iterates, Scene
-from hessdiag_probes.exact import assemble
 from hessdiag_probes.random import generator, sphere
 from hessdiag_probes.types import CountedMatvec, Matvec, Vector
 
@@ -54,12 +54,7 @@ NOT_CONVEX = "the loss is not recognised as convex in the outputs, so nothing is
 
 
 class Opened:
-    """A block of a network; its products, matrix and noise are found when they are first used.
-
-    Attributes:
-        engine_name: What computes its products; empty until it is known.
-        products: Spent on its matrix.
-    """
+    """A block of a network; its products, matrix and noise are found when they are first used."""
 
     def __init__(self, network: Network, block: Block, row: Row) -> None:
         self.network = network
@@ -67,42 +62,17 @@ class Opened:
         self.row = row
         self.parameters = network.select(block.parameters)
         self.exact = network.is_exact(block) or network.cut(block) is not None
-        self.engine_name = ""
-        self.products = 0
+        self.hessian = BlockHessian(network, block, row)
 
-    @cached_property
+    @property
     def product(self) -> Matvec:
         """``v -> H v``, as cheap as it is to have."""
-        cut = self._known_matrix()
-        if cut is not None:
-            self.engine_name = "cut from whole"
-            return lambda v: (cut @ v.to(cut)).to(v)
-        engine = self.network.engine(self.network.objective, self.parameters)
-        self.engine_name = engine.name
-        return engine
+        return self.hessian.product
 
-    @cached_property
+    @property
     def matrix(self) -> Tensor:
         """H, assembled or cut from the whole network's; float64."""
-        cut = self._known_matrix()
-        if cut is not None:
-            return cut
-        like, size = self.parameters[0], self.block.size
-        watched = self.network.watched(self.product, self.row.name, self.row.step, size)
-        found = assemble(self.network.timed(watched), size, dtype=like.dtype, device=like.device)
-        self.products = found.matvecs
-        # The dense solves need the memory that the kept graphs hold.
-        matrix = found.matrix
-        self.__dict__["product"] = lambda v: (matrix @ v.to(matrix)).to(v)
-        if self.block.name == WHOLE:
-            self.network.take_matrix(self.block, matrix)
-        return matrix
-
-    def _known_matrix(self) -> Tensor | None:
-        """H from the whole network's matrix, where that is there."""
-        if self.block.name == WHOLE:
-            return self.network.matrix
-        return self.network.cut(self.block)
+        return self.hessian.matrix
 
     @cached_property
     def gradient_error(self) -> Vector:
@@ -173,7 +143,7 @@ class Opened:
         problem = self.problem  # before the assembly: its noise is measured by the engine
         if self.exact:
             matrix = self.matrix
-            return self._certified(solve_exact(matrix, problem)), self.products
+            return self._certified(solve_exact(matrix, problem)), self.hessian.products
         solved, products = self._matrix_free(self.product, problem, self.row)
         return self._certified(solved), products
 
@@ -265,20 +235,10 @@ class Opened:
             unit = entry_rounding(len(seen), problem.eps) * float(seen.norm())
             coarse = float(spread.norm()) > CANCELLED * unit
             if coarse and built.source == "activations":
-                seen, rounding, products = self._by_products(view, row), None, self.block.size
+                seen, rounding = self.hessian.through(view, row), None
+                products = self.block.size
         problem = replace(problem, doubt=lost, rounding=rounding)
         return self._certified(solve_exact(seen, problem)), products
-
-    def _by_products(self, view: Callable[[Matvec], Matvec], row: Row) -> Tensor:
-        """PᵀHP from products through P, where the means of far inputs cancel inside the network.
-
-        In the assembled H they have drowned the rest already.
-        """
-        network, size, like = self.network, self.block.size, self.parameters[0]
-        engine = network.engine(network.objective, self.parameters)
-        watched = network.watched(view(engine), row.name, row.step, size)
-        timed = network.timed(watched)
-        return assemble(timed, size, dtype=like.dtype, device=like.device).matrix
 
     def view(self, coordinates: Coordinates, decay: float) -> Callable[[Matvec], Matvec]:
         """``H -> Pᵀ (H + decay) P`` on products, the dead rows of H zeroed."""

@@ -11,7 +11,7 @@ import torch
 
 from hessdiag.blocks import WHOLE, Block
 from hessdiag.checkpoint.optimizer import OptimizerState
-from hessdiag.errors import HessdiagError, OutOfTime, is_out_of_memory
+from hessdiag.failures import FAILURES, why
 from hessdiag.finished import FinishedRows
 from hessdiag.halves import half_ratio
 from hessdiag.network import Network, Row
@@ -28,9 +28,6 @@ from hessdiag.variants.decay import trained_decoupled
 from hessdiag.variants.grammar import RAW, Variant
 from hessdiag.variants.registry import MAKERS
 from hessdiag.variants.scene import Built, Iterates, NotApplicable, check_finite
-
-# What a block may die of without taking the others along.
-FAILURES = (HessdiagError, ArithmeticError, ValueError, RuntimeError, MemoryError)
 
 CONGRUENCE = "congruence"
 Computation = Callable[[], tuple[tuple[Solved, int], Built | None]]
@@ -229,7 +226,7 @@ class Rows:
         self.timings[label] = time.perf_counter() - started
         # Of an assembled block the engine of its own row made the matrix of all others.
         viewed = variant.coordinates != RAW and opened.exact
-        self.engines[label] = CONGRUENCE if viewed else opened.engine_name
+        self.engines[label] = CONGRUENCE if viewed else opened.hessian.engine_name
 
     def _own_rank(self, stage: Stage, block: Block, values: Mapping[str, Value]) -> list[str]:
         """What a reader of ``kappa_quantile`` must know of a changed network (maths 1.3)."""
@@ -382,13 +379,3 @@ def _of(built: Built | None) -> dict[str, Value]:
         "zero_state": 0 if built is None else built.zero_state,
         "off_diagonality": None if built is None else built.off_diagonality,
     }
-
-
-def why(error: BaseException) -> str:
-    """Why a row has no numbers, on one line."""
-    if isinstance(error, OutOfTime):
-        return str(error)
-    if is_out_of_memory(error):
-        return "failed: out of memory; lower --exact-limit or --memory-budget"
-    kind = "" if isinstance(error, HessdiagError) else f"{type(error).__name__}: "
-    return " ".join(f"failed: {kind}{error}".split())

@@ -10,9 +10,10 @@ from hessdiag.curvature.objective import Objective
 from hessdiag.data import join, row_count
 from hessdiag.errors import OutOfResources, StoreError
 from hessdiag.explained import Explained
+from hessdiag.failures import FAILURES, why
 from hessdiag.names import layer_of
 from hessdiag.network import Network
-from hessdiag.rows import FAILURES, Rows, Stage, why
+from hessdiag.rows import Rows, Stage
 from hessdiag.selfcheck import run_selfchecks
 from hessdiag.task import Units
 from hessdiag.variants.grammar import ORIGINAL, OTHER_FUNCTIONS, RAW, Variant, parse_variant

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from hessdiag.cosine_summary import LARGE
-from hessdiag.curvature.engines import free_memory
 from hessdiag.curvature.objective import Objective, flatten, placed
 from hessdiag.errors import InputError, OutOfResources, OutOfTime
 from hessdiag.iterates import Iterate
+from hessdiag.memory import free_memory
 from hessdiag.progress import Event, Report
 from hessdiag_probes.types import Matvec, Vector
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hessdiag.data import Batches
+from hessdiag.distributed import Alone, Group
 from hessdiag.errors import InputError, TaskError, is_out_of_memory
 from hessdiag_probes.types import Vector
 
@@ -24,14 +26,30 @@ class Objective:
 
     A batch counts by the units that its own mean was taken over (rows, or counted targets), so
     that a ragged last batch and padded tokens weigh what they should.
+
+    Attributes:
+        model: On loan.
+        loss: Of the model and a batch, the mean over its units.
+        batches: All of them, on every rank.
+        group: The processes that share the work on them.
     """
 
     model: nn.Module
     loss: LossFunction
     batches: Batches
+    group: Group = field(default_factory=Alone)
 
     def __iter__(self) -> Iterator[tuple[Any, float]]:
+        """All batches, with their shares of the mean."""
         return zip(self.batches.items, self.batches.shares, strict=True)
+
+    def own(self) -> Iterator[tuple[Any, float]]:
+        """The batches of this rank, with their shares of the mean over all."""
+        return islice(self, self.group.rank, None, self.group.size)
+
+    def summed(self, part: Callable[[], Vector], argument: Vector | None = None) -> Vector:
+        """The sum over all ranks of ``part``, this one's share; see :class:`Group`."""
+        return self.group.summed(part, argument)
 
     def evaluate(self, batch: Any) -> Tensor:
         """The batch's loss, a scalar.
@@ -77,16 +95,20 @@ class Objective:
 
     def gradient(self, parameters: Sequence[nn.Parameter]) -> Vector:
         """The gradient over the dataset, flattened in the order of ``parameters``."""
-        total = zeros(parameters)
-        with only(parameters):
-            for batch, share in self:
-                loss = self.evaluate(batch)
-                if loss.requires_grad:
-                    parts = torch.autograd.grad(
-                        loss, parameters, allow_unused=True, materialize_grads=True
-                    )
-                    total += share * flatten(parts)
-        return total
+
+        def part() -> Vector:
+            total = zeros(parameters)
+            with only(parameters):
+                for batch, share in self.own():
+                    loss = self.evaluate(batch)
+                    if loss.requires_grad:
+                        parts = torch.autograd.grad(
+                            loss, parameters, allow_unused=True, materialize_grads=True
+                        )
+                        total += share * flatten(parts)
+            return total
+
+        return self.summed(part)
 
 
 def _why_loss_failed(error: BaseException) -> str:

@@ -11,10 +11,11 @@ from types import MappingProxyType
 
 import torch
 
-from hessdiag.curvature.engines import BUILD, free_memory, graph_bytes
+from hessdiag.curvature.engines import BUILD, graph_bytes
 from hessdiag.curvature.objective import Objective
 from hessdiag.data import Batches, copy_batch, join
 from hessdiag.errors import InputError
+from hessdiag.memory import free_memory
 from hessdiag.names import named_parameters
 from hessdiag.options import Options
 from hessdiag.task import Units

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-import hessdiag.opened
+import hessdiag.block_hessian
 import hessdiag.resume
 import sample_runs
 from hessdiag import Task, open_run
@@ -511,13 +511,13 @@ def test_what_does_not_apply_is_kept_too_and_a_resumed_run_assembles_nothing_aga
         with pytest.raises(KeyboardInterrupt):
             analyze_all(task, **options)
     assembled = []
-    made = hessdiag.opened.assemble
+    made = hessdiag.block_hessian.assemble
 
     def counted(product, size, **kind):
         assembled.append(size)
         return made(product, size, **kind)
 
-    monkeypatch.setattr(hessdiag.opened, "assemble", counted)
+    monkeypatch.setattr(hessdiag.block_hessian, "assemble", counted)
     run = analyze_all(task, **options)
     assert assembled == [8]
     assert "no bias" in run["0"].variants["bnp"]["skipped"]

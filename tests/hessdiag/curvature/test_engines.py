@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hessdiag.curvature.engines import BUILD, Kept, Recompute, free_memory, graph_bytes, make_engine
+from hessdiag.curvature.engines import BUILD, Kept, Recompute, graph_bytes, make_engine
 from hessdiag.errors import SelfCheckFailed, TaskError
+from hessdiag.memory import free_memory
 
 
 def wide(networks, batches):
