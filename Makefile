@@ -26,7 +26,7 @@ lint: $(VENV)/.test
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.test
-	$(BIN)/python tests/bench/products.py
+	$(BIN)/python tests/bench/side_by_side.py
 
 bench-large: $(VENV)/.test
 	$(BIN)/python tests/bench/large.py

@@ -133,6 +133,6 @@ def cosines_at(
             )
     except Exception as error:  # they stand beside the rows, and may cost none of them
         done.failed.append("cosines")
-        return {}, [f"there are no cosines: {why(error)}"]
+        return {}, [f"there are no cosines: {why(network.told(error, 'cosines'))}"]
     told = [GAUSS_NEWTON] if network.options.curvature == "ggn" else []
     return found, told

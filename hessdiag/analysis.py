@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 import hessdiag
 from hessdiag.along import cosines_at, find_trajectory
+from hessdiag.backoff import fitting
 from hessdiag.blocks import WHOLE, find_blocks
 from hessdiag.checkpoint import Checkpoint, match_weights, read_checkpoint
 from hessdiag.checkpoint.optimizer import OptimizerState, map_optimizer
 from hessdiag.curvature.loan import bare, exact_arithmetic, has_batch_statistics, loan
 from hessdiag.curvature.objective import Objective
 from hessdiag.data import halves, load_batches
+from hessdiag.distributed import Alone, Group
+from hessdiag.distributed.stored import begin_together
 from hessdiag.errors import InputError, OptionError
 from hessdiag.explained import Explained
 from hessdiag.fingerprint import hash_tensors, make_fingerprint
@@ -30,6 +33,7 @@ from hessdiag.resume import Begun, begin, now, tell_left
 from hessdiag.rows import Rows
 from hessdiag.run import Provenance, Run
 from hessdiag.selfcheck import run_selfchecks
+from hessdiag.sharding import share_of
 from hessdiag.stages import compute_stages
 from hessdiag.store.folder import check_folder
 from hessdiag.store.write import check_target
@@ -56,6 +60,7 @@ def analyze(
     trust: bool = False,
     force: bool = False,
     report: Report | None = None,
+    group: Group | None = None,
     **options: Any,
 ) -> Run:
     """Condition numbers of every block, with certificates.
@@ -70,6 +75,9 @@ def analyze(
         force: Analyse again, and overwrite the run at ``output``. An unfinished analysis is begun
             anew, unless it is the same and was begun with ``force`` too.
         report: Called with an :class:`Event` now and then.
+        group: The processes that share the data, as :func:`hessdiag.distributed.launch.joined`
+            yields them: each calls this with the same arguments, rank 0 reads and writes
+            ``output``, and all return the run. None for this process alone.
         **options: Those of the command line, with underscores; see
             :class:`hessdiag.options.Options`.
     Returns:
@@ -95,9 +103,8 @@ def analyze(
     target = None if output is None else Path(output)
     if target is not None:
         # A run that is there may be this very one, so only what can never be written is refused.
-        check_target(target, force=True)
-        check_folder(target)
-    analysis = Analysis(task, chosen, checkpoint, report or _silent, trust)
+        (group or Alone()).first(lambda: _check_output(target))
+    analysis = Analysis(task, chosen, checkpoint, report or _silent, trust, group or Alone())
     try:
         return analysis.run(target, force=force)
     except BaseException as error:
@@ -105,6 +112,11 @@ def analyze(
         raise
     finally:
         analysis.release()
+
+
+def _check_output(target: Path) -> None:
+    check_target(target, force=True)
+    check_folder(target)
 
 
 @dataclass
@@ -116,6 +128,7 @@ class Analysis:
     checkpoint: Checkpoint | None
     report: Report
     trust: bool = False
+    group: Group = field(default_factory=Alone)
     warnings: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     begun: Begun | None = None
@@ -173,17 +186,19 @@ class Analysis:
                 order_matters=has_batch_statistics(model),
             )
             self.warnings += [*self.task.notices, *batches.notices]
-            objective = Objective(model, as_loss(self.task), batches)
+            objective = Objective(model, as_loss(self.task), batches, self.group, count)
             network = Network(objective, options, self.report)
             if has_batch_statistics(model) and len(batches.items) > 1:
                 self.warnings.append(
                     f"BatchNorm uses the statistics of the batch: the loss is the mean over these "
                     f"{len(batches.items)} batches, each normalised by its own"
                 )
+            self.warnings += objective.shared_unevenly()
             weights = hash_tensors({**network.named, **dict(model.named_buffers())})
             trajectory = find_trajectory(options, model, trust=self.trust)
             loss = objective.value()
-            wanted = [block for block in blocks if block.skipped is None]
+            share = share_of(blocks, options, device.type, rows=batches.rows, total=whole.size)
+            wanted = [block for block in share.blocks if block.skipped is None]
             constrained = network.constrained(wanted)
             fingerprint = (
                 make_fingerprint(
@@ -192,20 +207,29 @@ class Analysis:
                 | trajectory.fingerprint
             )
             config = self._config(str(device))
-            self.begun = begin(
-                output, fingerprint, config, wanted, options, self.report, force=force
+            self.group.same(fingerprint)
+            self.begun = begin_together(
+                self.group,
+                lambda: begin(
+                    output, fingerprint, config, wanted, options, self.report, force=force
+                ),
             )
             if self.begun.run is not None:
                 return self.begun.run, None
-            names = list(dict.fromkeys(name for block in wanted for name in block.parameters))
+            # All blocks, whoever computes them: so every shard finds the same.
+            names = list(dict.fromkeys(name for block in blocks for name in block.parameters))
             self.report(Event(message="self-checks"))
             checks = run_selfchecks(
-                objective, network.select(names), curvature=options.curvature, seed=options.seed
+                fitting(network),
+                network.select(names),
+                curvature=options.curvature,
+                seed=options.seed,
+                engine=options.engine,
             )
             self.warnings += checks.notices
             parts = halves(batches, count) if options.max_examples is not None else None
             network.prepare(
-                loss, checks, [Objective(model, objective.loss, p) for p in parts or ()]
+                loss, checks, [replace(objective, batches=part) for part in parts or ()]
             )
             if options.max_seconds is not None:
                 network.deadline = self.started + options.max_seconds
@@ -217,23 +241,31 @@ class Analysis:
                 max_seconds=options.max_seconds,
                 count=len(wanted) * len(listed),
             )
-            explained = Explained(blocks, by_layer="layer" in options.blocks)
-            self.warnings += compute_stages(rows, network, blocks, explained, count)
+            explained = Explained(blocks, by_layer="layer" in options.blocks, share=share)
+            self.warnings += compute_stages(rows, network, share, explained, count)
             along: dict[str, Any] = {}
-            if trajectory.iterates:
+            if trajectory.iterates and share.leads:
                 along, told = cosines_at(network, trajectory, whole, rows)
                 self.warnings += told
             record = environment(
-                device, switches, checks.to_json(), rows.engines, rows.timings, rows.failed
+                device,
+                switches,
+                checks.to_json(),
+                rows.engines,
+                rows.engine_timings,
+                rows.timings,
+                rows.failed,
             )
             record |= {
                 "optimizer": _optimizer_record(optimizer),
                 "hidden": explained.reasons,
                 "symmetry_products": rows.symmetry_products,
                 "limited": rows.limited,
+                "blocks": [block.name for block in blocks],
+                "distributed": objective.distributed(),
             }
         run = Run(
-            blocks=rows.results(blocks, listed),
+            blocks=rows.results(share.blocks, listed),
             variants=listed,
             provenance=Provenance(
                 config=config,

@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from hessdiag.blocks import WHOLE, Block
+from hessdiag.curvature.differenced import assemble_differences
+from hessdiag.curvature.engines import BUILD, Difference, Linearized, Recompute, Summed
+from hessdiag.curvature.precision import noise_of
+from hessdiag.curvature.structured import NotStructured, Plan
 from hessdiag.network import Network, Row
+from hessdiag.structured_block import assemble_by_structure, difference, structure
 from hessdiag_probes.exact import assemble
-from hessdiag_probes.types import Matvec
+from hessdiag_probes.types import Matvec, Vector
+
+STRUCTURE = "structure"
 
 
 class BlockHessian:
@@ -18,7 +26,10 @@ class BlockHessian:
 
     Attributes:
         engine_name: What computes its products; empty until it is known.
-        products: Spent on its matrix.
+        tried: Seconds per product of the engines that were tried for it.
+        products: Spent on its matrix; a pass that stands for the products of many columns counts
+            as one.
+        refused: Why its matrix was not made by structure though that would have been quicker.
     """
 
     def __init__(self, network: Network, block: Block, row: Row) -> None:
@@ -27,7 +38,10 @@ class BlockHessian:
         self.row = row
         self.parameters = network.select(block.parameters)
         self.engine_name = ""
+        self.tried: dict[str, float] = {}
         self.products = 0
+        self.refused = ""
+        self._errors: Tensor | None = None
 
     @cached_property
     def product(self) -> Matvec:
@@ -36,9 +50,23 @@ class BlockHessian:
         if cut is not None:
             self.engine_name = "cut from whole"
             return lambda v: (cut @ v.to(cut)).to(v)
-        engine = self.network.engine(self.network.objective, self.parameters)
+        network = self.network
+        engine = network.engine(network.objective, self.parameters, products=self._expected())
         self.engine_name = engine.name
+        if isinstance(engine, Summed):
+            self.engine_name, self.tried = engine.record, engine.tried
         return engine
+
+    @cached_property
+    def _plan(self) -> Plan | None:
+        """How the matrix would be made by structure; None where products take no longer."""
+        return structure(self.network, self.parameters)
+
+    def _expected(self) -> int:
+        """About how many products of the engine will be asked for."""
+        if not self.network.is_exact(self.block):
+            return self.network.budget(self.block).products(self.block.size)
+        return self.block.size if self._plan is None else len(self._plan.others)
 
     @cached_property
     def matrix(self) -> Tensor:
@@ -46,8 +74,19 @@ class BlockHessian:
         cut = self._known_matrix()
         if cut is not None:
             return cut
+        structured = self._by_structure()
+        if structured is not None:
+            return structured
         like, size = self.parameters[0], self.block.size
-        watched = self.network.watched(self.product, self.row.name, self.row.step, size)
+        engine = self.product
+        watched = self.network.watched(engine, self.row.name, self.row.step, size)
+        if isinstance(engine, Difference):
+            made = assemble_differences(self.network.timed(watched), engine, size)
+            self.products, self._errors = size, made.errors
+            self.__dict__["product"] = lambda v: (made.matrix @ v.to(made.matrix)).to(v)
+            if self.block.name == WHOLE:
+                self.network.take_matrix(self.block, made.matrix, made.errors)
+            return made.matrix
         found = assemble(self.network.timed(watched), size, dtype=like.dtype, device=like.device)
         self.products = found.matvecs
         # The dense solves need the memory that the kept graphs hold.
@@ -56,6 +95,85 @@ class BlockHessian:
         if self.block.name == WHOLE:
             self.network.take_matrix(self.block, matrix)
         return matrix
+
+    def _by_structure(self) -> Tensor | None:
+        """H by the structure of its layers, where that is quicker and its own matrix; else None."""
+        network = self.network
+        plan = self._plan
+        if plan is None:
+            return None
+
+        def product() -> Matvec:
+            return self.product
+
+        try:
+            matrix = assemble_by_structure(
+                network, self.row, self.parameters, plan, product=product, error=self.noise()
+            )
+        except NotStructured as reason:
+            self.refused = str(reason)
+            return None
+        self.products = plan.products
+        named = [STRUCTURE, self.engine_name] if len(plan.others) else [STRUCTURE]
+        self.engine_name = " + ".join(named)
+        self.__dict__["product"] = lambda v: (matrix @ v.to(matrix)).to(v)
+        if self.block.name == WHOLE:
+            network.take_matrix(self.block, matrix)
+        return matrix
+
+    def noise(self, view: Callable[[Matvec], Matvec] | None = None) -> Callable[[Vector], Vector]:
+        """``v -> `` the error of its product by rounding, seen through ``view``."""
+        network = self.network
+        noise = noise_of(
+            network.objective,
+            self.parameters,
+            network.options.curvature,
+            narrow=network.narrow,
+            view=view,
+        )
+
+        def error(vector: Vector) -> Vector:
+            own, engine = noise(vector), self.product
+            if not isinstance(engine, Linearized):
+                return own
+            # Another route than that whose rounding was measured: what it makes of that is seen.
+            there: Matvec = Recompute(
+                network.objective, self.parameters, BUILD[network.options.curvature]
+            )
+            here: Matvec = engine
+            if view is not None:
+                here, there = view(here), view(there)
+            other = here(vector) - there(vector)
+            return torch.where(other.abs() > own.abs(), other, own)
+
+        return error
+
+    def matrix_noise(self) -> Callable[[Vector], Vector]:
+        """``v -> `` the error of the assembled matrix's product by rounding, whoever made it."""
+        noise = self.noise()
+        apart = difference(self.matrix, self.network, self.parameters)
+
+        def error(vector: Vector) -> Vector:
+            own, other = noise(vector), apart(vector).to(vector)
+            return torch.where(other.abs() > own.abs(), other, own)
+
+        return error
+
+    @property
+    def errors(self) -> Tensor | None:
+        """What the entries of the matrix may be wrong by; None where that is rounding alone."""
+        if self._errors is None and self.network.differences and self._known_matrix() is None:
+            _ = self.matrix
+        return self.network.cut_errors(self.block) if self._errors is None else self._errors
+
+    def error(self, *, exact: bool) -> Callable[[Vector], Vector]:
+        """``v -> `` what products by differences may be wrong by, the matrix's or the engine's."""
+        if not exact and isinstance(self.product, Difference):
+            return self.product.error
+        errors = self.errors
+        if errors is None:
+            raise ValueError("only products by differences know their errors")
+        return lambda v: (errors @ v.to(errors)).to(v)
 
     def _known_matrix(self) -> Tensor | None:
         """H from the whole network's matrix, where that is there."""
@@ -69,7 +187,7 @@ class BlockHessian:
         In the assembled H they have drowned the rest already.
         """
         network, size, like = self.network, self.block.size, self.parameters[0]
-        engine = network.engine(network.objective, self.parameters)
+        engine = network.engine(network.objective, self.parameters, products=size)
         watched = network.watched(view(engine), row.name, row.step, size)
         timed = network.timed(watched)
         return assemble(timed, size, dtype=like.dtype, device=like.device).matrix

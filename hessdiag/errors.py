@@ -35,6 +35,10 @@ class SelfCheckFailed(InputError):
     """The products of this model cannot be trusted; the message names the module if it is known."""
 
 
+class Diverged(SelfCheckFailed):
+    """The processes of one analysis do not compute the same thing, so their sum means nothing."""
+
+
 class StoreError(InputError):
     """A run file cannot be read, or must not be overwritten."""
 

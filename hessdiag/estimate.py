@@ -14,7 +14,7 @@ from torch import nn
 from hessdiag.analysis import pick_device
 from hessdiag.blocks import WHOLE, Block, find_blocks
 from hessdiag.checkpoint import Checkpoint, match_weights, read_checkpoint
-from hessdiag.curvature.engines import Engine, make_engine
+from hessdiag.curvature.engines import Difference, Engine, make_engine
 from hessdiag.curvature.loan import bare, exact_arithmetic, has_batch_statistics, loan
 from hessdiag.curvature.objective import Objective
 from hessdiag.curvature.precision import gradient_noise, noise_of
@@ -25,6 +25,7 @@ from hessdiag.options import Options, exact_limit, make_options, with_variants
 from hessdiag.peak import PeakMemory
 from hessdiag.progress import Event, Report
 from hessdiag.selfcheck import run_selfchecks
+from hessdiag.sharding import share_of
 from hessdiag.solve.budget import DENSITY_PROBES, POWER_VECTORS
 from hessdiag.solve.calibration import DENSE_COPIES, DenseTimes
 from hessdiag.task import Task, as_loss, units
@@ -147,6 +148,7 @@ def estimate(
     chosen = with_variants(chosen, has_state=has_state)
     model = bare(task.model)
     blocks = find_blocks(model, chosen.blocks)
+    whole = find_blocks(model, (WHOLE,))[0]
     device = pick_device(chosen.device)
     peak = PeakMemory(device)
     peak.begin()
@@ -181,14 +183,17 @@ def estimate(
                 [named[name] for name in names],
                 curvature=chosen.curvature,
                 seed=chosen.seed,
+                engine=chosen.engine,
             )
         checked, check_memory = time.perf_counter() - started, peak.rise()
         measure = _Measure(objective, named, chosen, peak)
         found = []
-        for position, block in enumerate(blocks):
+        share = share_of(blocks, chosen, device.type, rows=batches.rows, total=whole.size)
+        count = len(share.blocks)
+        for position, block in enumerate(share.blocks):
             if report is not None:
-                report(Event(message=f"timing block {position + 1}/{len(blocks)} {block.name}"))
-            found.append(measure.block(block, blocks))
+                report(Event(message=f"timing block {position + 1}/{count} {block.name}"))
+            found.append(measure.block(block, share.blocks))
     return Estimate(
         blocks=tuple(found),
         device=str(device),
@@ -345,7 +350,10 @@ class _Measure:
             made = engine
             product = self._typical(lambda: made(vector))
         started = self._now()
-        noise_of(self.objective, parameters, options.curvature)(vector)
+        if options.engine != "difference":
+            noise_of(self.objective, parameters, options.curvature)(vector)
+        elif isinstance(engine, Difference):
+            engine.error(vector)
         noise = self._now() - started
         started = self._now()
         gradient_noise(self.objective, parameters)

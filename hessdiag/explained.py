@@ -15,10 +15,13 @@ from hessdiag.names import named_parameters
 from hessdiag.network import Network
 from hessdiag.neurons import Observed, explain_layers
 from hessdiag.run import HiddenResult
+from hessdiag.sharding import Share
 from hessdiag.variants.grammar import RAW, Variant
 from hessdiag.variants.registry import AFFINE, MAKERS
 from hessdiag.variants.scene import NotApplicable, Scene
 from hessdiag_probes.types import CountedMatvec, Vector
+
+NO_SECOND = "its neurons' factors take a second derivative, and --engine difference has none"
 
 
 @dataclass
@@ -28,12 +31,14 @@ class Explained:
     Attributes:
         blocks: Of the original network, in the order of the table.
         by_layer: The table has a block per layer.
+        share: Its layers are explained; None for all.
         results: By variant.
         reasons: By layer, why it has no H_e, or no singular values.
     """
 
     blocks: Sequence[Block]
     by_layer: bool
+    share: Share | None = None
     results: dict[str, tuple[HiddenResult, ...]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
@@ -55,9 +60,12 @@ class Explained:
         layers = {
             name: layer
             for name, layer in find_layers(network.objective.model).items()
-            if changed is None or name in changed
+            if (changed is None or name in changed)
+            and (self.share is None or self.share.explains(layer))
         }
         observed: dict[str, Observed | str] = {}
+        if network.differences:
+            observed |= dict.fromkeys(layers, NO_SECOND)
         for variant in variants:
             if variant.coordinates == RAW:
                 chosen, changes = layers, None

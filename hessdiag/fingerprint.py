@@ -52,6 +52,9 @@ def make_fingerprint(
         if name not in NEUTRAL:
             value = getattr(options, name)
             fields[name] = list(value) if isinstance(value, tuple) else value
+    if options.engine == "difference":
+        # The other engines agree to rounding; its products do not.
+        fields["products"] = options.engine
     if any(parse_variant(name).coordinates in REPLAYED for name in options.variants or ()):
         fields["batches"] = _hash_in_order(batches)
     fields["exact_limit"] = exact_limit(options, device_type)

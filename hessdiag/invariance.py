@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from hessdiag.curvature.engines import Recompute
+from hessdiag.curvature.engines import Difference, Engine, Recompute
 from hessdiag.curvature.hessian import hessian_product
 from hessdiag.curvature.objective import Objective, flatten
 from hessdiag.variants.scene import Scene
@@ -204,10 +204,16 @@ class Probe:
         like = self.position
         return gaussian(count, generator=made, dtype=like.dtype, device=like.device)
 
+    @cached_property
+    def _engine(self) -> Engine:
+        objective, parameters = self.scene.objective, self.scene.parameters
+        if self.scene.options.engine == "difference":
+            return Difference(objective, parameters)
+        return Recompute(objective, parameters, hessian_product)
+
     def _product(self, vector: Vector) -> Vector:
         self.products += 1
-        engine = Recompute(self.scene.objective, self.scene.parameters, hessian_product)
-        return engine(vector)
+        return self._engine(vector)
 
 
 def _sizes(vector: Vector, claims: Sequence[Claim]) -> Tensor:

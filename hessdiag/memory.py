@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from hessdiag.distributed.group import Group
+
 
 def free_memory(device: torch.device) -> int:
     """Bytes free for new tensors on the device (CPU: what the system calls available)."""
@@ -20,6 +22,11 @@ def free_memory(device: torch.device) -> int:
     except (OSError, ValueError, StopIteration):
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(free, _container_limit())
+
+
+def shared_memory(device: torch.device, group: Group) -> int:
+    """Bytes that every rank can count on, the same number on all: they share machines."""
+    return int(group.agreed(group.share_of(free_memory(device), device=device.type)))
 
 
 def _container_limit() -> int:

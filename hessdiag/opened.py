@@ -17,8 +17,10 @@ from hessdiag.conditioning.bounds import never_exact
 from hessdiag.conditioning.diagonal import diagonal_gap
 from hessdiag.conditioning.kappa import stored_inertia
 from hessdiag.curvature.convexity import convex_loss
+from hessdiag.curvature.differenced import Watched, error_in
+from hessdiag.curvature.engines import Difference
 from hessdiag.curvature.objective import flatten
-from hessdiag.curvature.precision import gradient_noise, noise_of
+from hessdiag.curvature.precision import gradient_noise
 from hessdiag.errors import InputError
 from hessdiag.network import Network, Row
 from hessdiag.progress import Event
@@ -36,7 +38,6 @@ from hessdiag.solve import (
     without_noise,
 )
 from hessdiag.solve.matrix_free import DOUBT_MARGIN
-from hessdiag.solve.problem import DOUBT_FACTOR
 from hessdiag.variants.coordinates import (
     Coordinates,
     congruence,
@@ -50,19 +51,38 @@ from hessdiag_probes.types import CountedMatvec, Matvec, Vector
 CANCELLED = 1e6
 """A congruence whose sums are so many times smaller than their terms is made from products."""
 SQUARES = (1e-140, 1e140)  # numbers whose squares, and sums of them, float64 holds
+OTHER_VECTORS = 3.0  # the error of a difference depends on its direction
 NOT_CONVEX = "the loss is not recognised as convex in the outputs, so nothing is claimed from that"
 
 
 class Opened:
-    """A block of a network; its products, matrix and noise are found when they are first used."""
+    """A block of a network; its products, matrix and noise are found when they are first used.
+
+    Attributes:
+        may_shrink: The row is tried again where a batch lacks memory.
+    """
 
     def __init__(self, network: Network, block: Block, row: Row) -> None:
         self.network = network
         self.block = block
         self.row = row
         self.parameters = network.select(block.parameters)
-        self.exact = network.is_exact(block) or network.cut(block) is not None
+        self.may_shrink = False
+        self.exact = self._is_exact()
         self.hessian = BlockHessian(network, block, row)
+
+    def reopen(self) -> None:
+        """Forget all that was found: the network now does without something."""
+        found = [name for name, kind in vars(Opened).items() if isinstance(kind, cached_property)]
+        for name in found:
+            self.__dict__.pop(name, None)
+        self.exact = self._is_exact()
+        self.hessian = BlockHessian(self.network, self.block, self.row)
+
+    def _is_exact(self) -> bool:
+        network = self.network
+        cut = network.matrix is not None and not network.relief.matrix_free
+        return network.is_exact(self.block) or (cut and network.cut(self.block) is not None)
 
     @property
     def product(self) -> Matvec:
@@ -95,12 +115,13 @@ class Opened:
         """The block as it is, raw."""
         network, options = self.network, self.network.options
         noise = measure_noise(
-            noise_of(network.objective, self.parameters, options.curvature, narrow=network.narrow),
+            self._error(),
             self.product,
             self.loss_gradient,
             seed=options.seed,
             name=self.row.name,
             gradient=10 * float(self.gradient_error.norm()),
+            coarse=network.differences,
         )
         peak = float(noise.seen.max())
         if peak > 0 and not SQUARES[0] < peak < SQUARES[1]:
@@ -122,7 +143,25 @@ class Opened:
             damping=options.damping,
             seed=options.seed,
             floor=decay if self.semidefinite else None,
+            rounding=self._entry_errors,
         )
+
+    def _error(self, view: Callable[[Matvec], Matvec] | None = None) -> Callable[[Vector], Vector]:
+        """``v -> `` the error of its product, seen through ``view``."""
+        network = self.network
+        if network.differences:
+            margin = 1.0 if self.exact else OTHER_VECTORS
+            error = error_in(view, self.hessian.error(exact=self.exact))
+            return lambda vector: margin * error(vector)
+        if self.exact and view is None:
+            return self.hessian.matrix_noise()
+        return self.hessian.noise(view)
+
+    @property
+    def _entry_errors(self) -> Tensor | None:
+        """What each entry of the assembled matrix may be wrong by, beyond rounding."""
+        errors = self.hessian.errors if self.exact and self.network.differences else None
+        return None if errors is None else errors.abs()
 
     @cached_property
     def semidefinite(self) -> bool:
@@ -140,11 +179,11 @@ class Opened:
 
     def solve(self) -> tuple[Solved, int]:
         """The row of raw, and the products it took."""
-        problem = self.problem  # before the assembly: its noise is measured by the engine
+        problem = self.problem
         if self.exact:
             matrix = self.matrix
             return self._certified(solve_exact(matrix, problem)), self.hessian.products
-        solved, products = self._matrix_free(self.product, problem, self.row)
+        solved, products = self._matrix_free(None, problem, self.row)
         return self._certified(solved), products
 
     def scene(
@@ -182,7 +221,7 @@ class Opened:
         return Scene(
             block=self.block,
             named=self.network.named,
-            objective=self.network.objective,
+            objective=self.network.given,
             options=self.network.options,
             optimizer=optimizer,
             changed=self.network.changed,
@@ -216,7 +255,7 @@ class Opened:
         if not self.exact:
             if congruent:
                 problem = replace(problem, positive=raw["n_positive"])
-            solved, products = self._matrix_free(view(self.product), problem, row)
+            solved, products = self._matrix_free(view, problem, row)
             return self._certified(solved), products
         cleaned = without_noise(self.matrix, self.problem.noise)
         lost = torch.zeros_like(cleaned.doubt)
@@ -230,7 +269,11 @@ class Opened:
         seen, rounding = congruence(matrix, coordinates), None
         spread = congruence_error(matrix, coordinates, problem.eps)
         products = 0
-        if spread is not None:
+        errors = self.hessian.errors if self.network.differences else None
+        if errors is not None:
+            carried = congruence(errors, coordinates).abs()
+            rounding = carried if spread is None else spread + carried
+        elif spread is not None:
             rounding = spread
             unit = entry_rounding(len(seen), problem.eps) * float(seen.norm())
             coarse = float(spread.norm()) > CANCELLED * unit
@@ -275,19 +318,14 @@ class Opened:
             gradient = gradient + decay * coordinates.transposed(self.position)
             attainable = raw.attainable
         noise = measure_noise(
-            noise_of(
-                network.objective,
-                self.parameters,
-                network.options.curvature,
-                narrow=network.narrow,
-                view=view,
-            ),
+            self._error(view),
             view(self.product),
             gradient,
             seed=network.options.seed,
             name=row.name,
             gradient=10 * float(wrong.norm()),
             vectors=1,  # dead rows are known; only the size of the noise is new
+            coarse=network.differences,
         )
         floor: float | None = None
         if self.semidefinite:
@@ -308,7 +346,7 @@ class Opened:
     def _lost(self, coordinates: Coordinates, row: Row) -> Vector:
         """What zeroing rows that may be real may have taken from PᵀHP, by one product."""
         noise = self.problem.noise
-        real = self.dead & (noise.seen > DOUBT_FACTOR * noise.rows.clamp_min(noise.block))
+        real = noise.doubtful(noise.seen, self.dead) > 0
         if not bool(real.any()):
             return torch.zeros_like(self.loss_gradient)
         unit = sphere(
@@ -320,9 +358,32 @@ class Opened:
         seen = self.product(coordinates.apply(unit))
         return DOUBT_MARGIN * coordinates.transposed(seen * real.to(seen))
 
-    def _matrix_free(self, product: Matvec, problem: Problem, row: Row) -> tuple[Solved, int]:
+    def _matrix_free(
+        self, view: Callable[[Matvec], Matvec] | None, problem: Problem, row: Row
+    ) -> tuple[Solved, int]:
+        """The row above the exact limit, in the coordinates that ``view`` shows."""
+        product = self.product
+        if not isinstance(product, Difference):
+            return self._from_products(product if view is None else view(product), problem, row)
+        met = Watched(product, view)
+        solved, products = self._from_products(met, problem, row)
+        noise = problem.noise
+        if met.block > noise.block:  # then too narrow for what the products turned out to be
+            rows = torch.maximum(noise.rows, met.rows.to(noise.rows))
+            noise = replace(noise, block=met.block, rows=rows)
+            problem = replace(problem, noise=noise)
+            solved, more = self._from_products(met, problem, row)
+            products += more
+        return solved, products
+
+    def _from_products(self, product: Matvec, problem: Problem, row: Row) -> tuple[Solved, int]:
         network = self.network
-        budget = replace(network.budget(self.block), deadline=network.deadline)
+        budget = replace(
+            network.budget(self.block),
+            late=network.late,
+            agree=network.told,
+            batches_may_shrink=self.may_shrink,
+        )
         if network.options.curvature == "ggn" and not self.semidefinite:
             budget = replace(budget, reasons=(*budget.reasons, NOT_CONVEX))
         most = budget.products(self.block.size)
@@ -332,7 +393,7 @@ class Opened:
         return solved, products
 
     def _certified(self, solved: Solved) -> Solved:
-        if not self.network.narrow:
+        if not (self.network.narrow or self.network.differences):
             return solved
         return Solved(never_exact(solved.values), solved.spectrum, solved.rows)
 
@@ -349,7 +410,7 @@ class Opened:
         shifted = built is not None and built.decoupled and self.network.options.weight_decay > 0
         turned = built is not None and not built.coordinates.diagonal
         kappa, negative = solved.values["kappa"], solved.values["n_negative"]
-        if not self.exact or shifted or turned or self.network.narrow:
+        if not self.exact or shifted or turned or self.network.narrow or self.network.differences:
             return Quantity.absent()
         if not isinstance(kappa, Quantity) or kappa.value is None:
             return Quantity.absent()

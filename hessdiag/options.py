@@ -10,10 +10,11 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from hessdiag.errors import OptionError
+from hessdiag.shard import parse_shard
 from hessdiag.variants.grammar import RAW, parse_variant
 
 Curvature = Literal["hessian", "ggn"]
-EngineName = Literal["auto", "kept", "recompute"]
+EngineName = Literal["auto", "kept", "linearized", "recompute", "difference"]
 DType = Literal["float64", "float32"]
 Eigensolver = Literal["lanczos", "power"]
 
@@ -57,6 +58,8 @@ class Options:
         iterates: Glob of checkpoints along a training, for cosines and for replaying optimizers.
         reference: Checkpoint of the point p* that the cosines are taken at; None takes the
             analysed one.
+        shard: ``I/N``: compute the I-th of N parts of the blocks only, I from 1; ``hessdiag
+            merge`` joins the parts. None computes all.
     """
 
     variants: tuple[str, ...] | None = None
@@ -80,6 +83,7 @@ class Options:
     memory_budget: int | None = None
     iterates: str | None = None
     reference: str | None = None
+    shard: str | None = None
 
 
 def exact_limit(options: Options, device_type: str) -> int:
@@ -104,6 +108,8 @@ def make_options(**given: Any) -> Options:
         given["variants"] = _variants(given["variants"])
     if given.get("memory_budget") is not None:
         given["memory_budget"] = parse_size(given["memory_budget"])
+    if given.get("shard") is not None:
+        given["shard"] = str(parse_shard(given["shard"]))
     options = Options(**given)
     _check_choices(options)
     _check_numbers(options)
@@ -165,6 +171,12 @@ def _check_choices(options: Options) -> None:
         value = getattr(options, name)
         if value not in allowed:
             raise OptionError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+    if options.engine == "difference" and options.curvature == "ggn":
+        raise OptionError(
+            "engine difference takes differences of gradients, which give the Hessian: there are "
+            "none for the Gauss–Newton matrix; use --curvature hessian with it, or another engine "
+            "for --curvature ggn"
+        )
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(options.device)):
         raise OptionError(f"device is {options.device!r}; it must be auto, cpu, cuda or cuda:N")
 

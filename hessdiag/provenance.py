@@ -17,10 +17,11 @@ def environment(
     switches: Mapping[str, Any],
     checks: Mapping[str, Any],
     engines: Mapping[str, str],
+    tried: Mapping[str, Mapping[str, float]],
     timings: Mapping[str, float],
     failed: list[str],
 ) -> dict[str, Any]:
-    """Versions, device, global switches, self-checks, engines and seconds per block."""
+    """Versions, device, global switches, self-checks, engines, what was tried and seconds per block."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -31,6 +32,7 @@ def environment(
         "switches": dict(switches),
         "checks": dict(checks),
         "engine": dict(engines),
+        "engine_timings": {row: dict(seconds) for row, seconds in tried.items()},
         "seconds": dict(timings),
         "failed": list(failed),
     }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from hessdiag.backoff import begin_with, patiently, relieve
 from hessdiag.blocks import WHOLE, Block
 from hessdiag.checkpoint.optimizer import OptimizerState
 from hessdiag.failures import FAILURES, why
@@ -17,6 +17,7 @@ from hessdiag.halves import half_ratio
 from hessdiag.network import Network, Row
 from hessdiag.opened import Opened
 from hessdiag.quantity import Quantity
+from hessdiag.relief import Relief
 from hessdiag.run import BlockResult, Value, VariantResult, row_label
 from hessdiag.solve import Solved, skipped_fields
 from hessdiag.solve.problem import CUT_SHORT
@@ -66,6 +67,7 @@ class Rows:
         max_seconds: That the rows are analysed under.
         done: By (block, variant).
         engines: By row, what computed its products; filled on the way.
+        engine_timings: By row, seconds per product of the engines that were tried for it.
         timings: By row, seconds; filled on the way.
         symmetry_products: By row, what its symmetries took apart from its ``products``.
         limited: Changes of the network that memory did not allow.
@@ -80,6 +82,7 @@ class Rows:
     max_seconds: float | None = None
     done: dict[tuple[str, str], VariantResult] = field(default_factory=dict)
     engines: dict[str, str] = field(default_factory=dict)
+    engine_timings: dict[str, dict[str, float]] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     symmetry_products: dict[str, int] = field(default_factory=dict)
     limited: list[str] = field(default_factory=list)
@@ -110,8 +113,11 @@ class Rows:
                 continue
             if block.name == WHOLE:
                 self._take_matrix_back(stage, block)
-            self._block(stage, block)
-        stage.network.matrix = None
+            try:
+                self._block(stage, block)
+            finally:
+                relieve(stage.network, Relief())
+        stage.network.matrix = stage.network.errors = None
 
     def skip(
         self,
@@ -149,6 +155,7 @@ class Rows:
         listed = bare in stage.variants
         if listed and self._known(block, bare) and not left:
             return
+        begin_with(stage.network, block, self.done.get((block.name, bare.key)))
         row = Row(row_label(block.name, bare.key), self._step())
         opened = Opened(stage.network, block, row)
         if listed and (block.name, bare.key) not in self.done:
@@ -201,7 +208,7 @@ class Rows:
             return
         started = time.perf_counter()
         try:
-            (solved, products), built = compute()
+            (solved, products), built = patiently(opened, label, compute)
             solved = self._compared(opened, solved, built)
             if built is None:
                 solved = self._with_symmetries(opened, solved)
@@ -213,7 +220,7 @@ class Rows:
                 empty = VariantResult({**empty.values, **known})
             self._put(block, variant, empty)
         except FAILURES as error:
-            failed = self._failed(stage, block, variant, why(error))
+            failed = self._failed(stage, block, variant, why(network.told(error, label)))
             self._put(block, variant, failed)
         else:
             seconds = time.perf_counter() - started
@@ -221,12 +228,15 @@ class Rows:
             fixed = self._fixed(stage, block)
             values = fixed | _of(built) | solved.values | cost
             told = [str(note) for note in solved.values["notes"]]  # type: ignore[union-attr]
+            told += network.relief.notes
             values["notes"] = [*told, *stage.notes, *self._own_rank(stage, block, values)]
             self._put(block, variant, VariantResult(values, solved.spectrum, solved.rows))
         self.timings[label] = time.perf_counter() - started
         # Of an assembled block the engine of its own row made the matrix of all others.
         viewed = variant.coordinates != RAW and opened.exact
         self.engines[label] = CONGRUENCE if viewed else opened.hessian.engine_name
+        if opened.hessian.tried and not viewed:
+            self.engine_timings[label] = opened.hessian.tried
 
     def _own_rank(self, stage: Stage, block: Block, values: Mapping[str, Value]) -> list[str]:
         """What a reader of ``kappa_quantile`` must know of a changed network (maths 1.3)."""
@@ -274,12 +284,14 @@ class Rows:
         finished = (whole.name, bare.key) in self.finished
         if self.journal is None or not finished or not self._left(stage):
             return
-        if network.changed:
+        if network.changed or network.differences:
             if network.is_exact(whole):
                 # Not kept; assembled again, so that its layers cost no products of their own.
                 opened = Opened(network, whole, Row(row_label(whole.name, bare.key), self._step()))
-                with suppress(*FAILURES):
-                    network.take_matrix(whole, opened.matrix)
+                try:
+                    network.take_matrix(whole, opened.matrix, opened.hessian.errors)
+                except FAILURES as error:  # its layers are assembled one by one
+                    network.told(error, "the matrix of the whole network")
             return
         matrix = self.journal.load_matrix(whole.size)
         if matrix is not None:
@@ -290,9 +302,10 @@ class Rows:
         """Keep the assembled matrix while rows are left.
 
         It is kept before the row of ``whole`` is: a layer that is assembled again differs by
-        rounding.
+        rounding. One of differences has errors of its own, with which it is assembled again.
         """
-        matrix = stage.network.matrix
+        network = stage.network
+        matrix = None if network.differences else network.matrix
         if self.journal is not None and matrix is not None and self._left(stage):
             self.journal.keep_matrix(matrix.cpu().numpy())
 
@@ -316,7 +329,8 @@ class Rows:
                 ratio = half_ratio(opened, solved, built)
             except FAILURES as error:
                 ratio = Quantity.unresolved()
-                notes.append(f"its half_ratio failed: {' '.join(str(error).split())}")
+                told = opened.network.told(error, f"half_ratio of {opened.row.name}")
+                notes.append(f"its half_ratio failed: {' '.join(str(told).split())}")
         notes += [] if built is None else [*built.notes]
         values = solved.values | {"half_ratio": ratio, "notes": notes}
         return Solved(values, solved.spectrum, solved.rows)
@@ -331,7 +345,8 @@ class Rows:
             found = symmetries.found
             self.symmetry_products[opened.row.name] = symmetries.products
         except Exception as error:  # they are told beside the numbers, and may cost none
-            notes.append(f"symmetries were not looked for: {' '.join(str(error).split())}")
+            told = opened.network.told(error, f"symmetries of {opened.row.name}")
+            notes.append(f"symmetries were not looked for: {' '.join(str(told).split())}")
         values = solved.values | {"symmetries": found, "notes": notes}
         return Solved(values, solved.spectrum, solved.rows)
 

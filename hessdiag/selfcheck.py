@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import nn
 
+from hessdiag.checks import Check, SelfChecks
 from hessdiag.culprits import find_unrepeatable, layers_of
-from hessdiag.curvature.engines import BUILD, Recompute
+from hessdiag.curvature.engines import BUILD, Difference, Engine, Recompute
+from hessdiag.curvature.engines.base import no_second_derivative
 from hessdiag.curvature.ggn import pushforward, split
 from hessdiag.curvature.loan import loan
 from hessdiag.curvature.objective import Objective, flatten, moved, only, unflatten
 from hessdiag.curvature.precision import gradient_noise, hidden_casts, loss_noise, noise_of
+from hessdiag.curvature.twice import gradient_once_only
 from hessdiag.data import convert
+from hessdiag.difference_checks import check_agreement, check_symmetry, notice
 from hessdiag.errors import SelfCheckFailed
-from hessdiag.options import Curvature
+from hessdiag.options import Curvature, EngineName
 from hessdiag_probes.random import generator, rademacher
 from hessdiag_probes.types import Vector
 
@@ -36,37 +40,6 @@ KINK_MOVE = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
 @dataclass(frozen=True)
-class Check:
-    """One check's outcome: passed when ``value <= limit``."""
-
-    value: float
-    limit: float
-    passed: bool
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class SelfChecks:
-    """All of them, always reported.
-
-    ``slope`` (of the loss along the gradient's claim), ``symmetry``, ``difference`` and
-    ``repeatability`` are relative errors; ``hidden_casts`` maps each place that leaves the working
-    precision to the narrower type.
-    """
-
-    slope: Check
-    symmetry: Check
-    difference: Check
-    repeatability: Check
-    hidden_casts: dict[str, str] = field(default_factory=dict)
-    notices: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain dictionaries for the provenance."""
-        return asdict(self) | {"notices": list(self.notices)}
-
-
-@dataclass(frozen=True)
 class _Subject:
     """What the checks work on."""
 
@@ -75,13 +48,21 @@ class _Subject:
     curvature: Curvature
     seed: int
     precision: torch.dtype  # the narrowest type that the arithmetic passes through
+    engine: EngineName = "auto"
 
     @property
     def length(self) -> float:
         """|p|, the unit of all steps."""
         return float(flatten([p.data for p in self.parameters]).norm()) or 1.0
 
-    def product(self, parameters: Sequence[nn.Parameter] | None = None) -> Recompute:
+    @cached_property
+    def differences(self) -> Difference:
+        return Difference(self.objective, self.parameters)
+
+    def product(self, parameters: Sequence[nn.Parameter] | None = None) -> Engine:
+        if self.engine == "difference":
+            own = parameters is None
+            return self.differences if own else Difference(self.objective, parameters or ())
         return Recompute(self.objective, parameters or self.parameters, BUILD[self.curvature])
 
     def vector(self, purpose: str, parameters: Sequence[nn.Parameter] | None = None) -> Vector:
@@ -100,6 +81,7 @@ def run_selfchecks(
     *,
     curvature: Curvature,
     seed: int,
+    engine: EngineName = "auto",
 ) -> SelfChecks:
     """Repeatability, hidden casts, slope, symmetry and a central difference (maths 0.2).
 
@@ -108,6 +90,8 @@ def run_selfchecks(
         parameters: All that will be analysed.
         curvature: Whose products are checked.
         seed: Of the random vectors.
+        engine: Of the analysis. Of ``difference`` the central difference is what its own steps
+            agree to, and symmetry counts beyond that.
     Raises:
         SelfCheckFailed: The products cannot be trusted; names the module where it can be found.
     Cost:
@@ -115,14 +99,16 @@ def run_selfchecks(
         are near.
     """
     dtype = parameters[0].dtype
-    repeatability = _repeatability(_Subject(objective, parameters, curvature, seed, dtype))
+    subject = _Subject(objective, parameters, curvature, seed, dtype, engine)
+    repeatability = _repeatability(subject)
     casts = hidden_casts(objective, parameters)
     notices = tuple(
         f"hidden {kind} in {place}: its rounding spoils small eigenvalues; no number of this run "
         "is claimed exact (take the loss from float64 values to mend it)"
         for place, kind in casts.items()
     )
-    subject = _Subject(objective, parameters, curvature, seed, torch.float32 if casts else dtype)
+    if casts:
+        subject = replace(subject, precision=torch.float32)
     slope = _or_off_the_kink(subject, _slope)
     if not slope.passed:
         raise SelfCheckFailed(
@@ -133,9 +119,21 @@ def run_selfchecks(
             f"{objective.value():.1e}); take it out of the loss that is analysed "
             "(checkpointing: use_reentrant=False)" + _blame(casts)
         )
+    if (
+        curvature == "hessian"
+        and engine != "difference"
+        and gradient_once_only(objective, parameters)
+    ):
+        raise SelfCheckFailed(
+            no_second_derivative("an autograd.Function in it is marked once_differentiable")
+        )
     symmetry = _symmetry(subject)
     if not symmetry.passed:
         raise SelfCheckFailed(_asymmetry_message(subject, symmetry) + _blame(casts))
+    if engine == "difference":
+        agreement = check_agreement(subject.differences, subject.vector("difference"))
+        notices += (notice(agreement),)
+        return SelfChecks(slope, symmetry, agreement, repeatability, casts, notices)
     difference = _checked_difference(subject)
     if not difference.passed and dtype == torch.float32:
         # Float32 cannot tell a kink that is near from a wrong backward; the model's code can.
@@ -251,8 +249,15 @@ def _slope(subject: _Subject) -> Check:
 
 def _symmetry(subject: _Subject, parameters: Sequence[nn.Parameter] | None = None) -> Check:
     product = subject.product(parameters)
-    noise = noise_of(subject.objective, parameters or subject.parameters, subject.curvature)
     limit = SYMMETRY_LIMIT[subject.precision]
+    if isinstance(product, Difference):
+        pairs = [
+            (subject.vector(f"{pair} u", parameters), subject.vector(f"{pair} v", parameters))
+            for pair in ("first", "second")
+        ]
+        found, told = check_symmetry(product, pairs)
+        return Check(found, limit, found < limit, told)
+    noise = noise_of(subject.objective, parameters or subject.parameters, subject.curvature)
     worst = 0.0
     note = ""
     for pair in ("first", "second"):

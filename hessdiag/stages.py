@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+from hessdiag.backoff import fitting
 from hessdiag.blocks import WHOLE, Block
 from hessdiag.curvature.objective import Objective
 from hessdiag.data import join, row_count
@@ -13,8 +14,11 @@ from hessdiag.explained import Explained
 from hessdiag.failures import FAILURES, why
 from hessdiag.names import layer_of
 from hessdiag.network import Network
+from hessdiag.progress import Event
 from hessdiag.rows import Rows, Stage
 from hessdiag.selfcheck import run_selfchecks
+from hessdiag.shard import parse_shard
+from hessdiag.sharding import Share
 from hessdiag.task import Units
 from hessdiag.variants.grammar import ORIGINAL, OTHER_FUNCTIONS, RAW, Variant, parse_variant
 from hessdiag.variants.networks import Changed, changed_network
@@ -24,57 +28,65 @@ from hessdiag.variants.scene import NotApplicable, NotEnoughMemory
 def compute_stages(
     rows: Rows,
     network: Network,
-    blocks: Sequence[Block],
+    share: Share,
     explained: Explained,
     units: Units,
 ) -> list[str]:
-    """Every row of a run.
+    """Every row of a run, or of one shard of it.
 
     Args:
         rows: Takes them.
         network: The checkpoint's own, prepared.
-        blocks: Its blocks, in the order of the table.
+        share: Of its blocks, those to compute.
         explained: Takes H_e under every variant.
         units: Of the task, which weigh its batches.
     Returns:
         Warnings for the whole run.
     """
+    options = network.options
     groups: dict[str, list[Variant]] = {ORIGINAL: []}
-    for name in network.options.variants or (RAW,):
+    for name in options.variants or (RAW,):
         variant = parse_variant(name)
         groups.setdefault(variant.network, []).append(variant)
     warnings: list[str] = []
+    if options.shard is not None:
+        own, every = len(share.blocks), len(explained.blocks)
+        network.report(Event(message=parse_shard(options.shard).sentence(own, every)))
+    if not share.blocks:
+        return warnings
     for name, variants in groups.items():
         bare_first = sorted(variants, key=lambda variant: variant.coordinates != RAW)
         if name == ORIGINAL:
-            rows.compute(Stage(network, blocks, bare_first))
+            rows.compute(Stage(network, share.blocks, bare_first))
             warnings += _explained(explained, network, bare_first, "the network", rows.failed)
         else:
-            warnings += _changed(rows, network, blocks, bare_first, explained, units)
+            warnings += _changed(rows, network, share, bare_first, explained, units)
     return warnings
 
 
 def _changed(
     rows: Rows,
     network: Network,
-    blocks: Sequence[Block],
+    share: Share,
     variants: Sequence[Variant],
     explained: Explained,
     units: Units,
 ) -> list[str]:
     """The rows of a changed network."""
     name, options = variants[0].network, network.options
+    blocks = share.blocks
     same = name not in OTHER_FUNCTIONS
     try:
         with changed_network(name, network.objective, options, units=units) as changed:
             other = Network(changed.objective, options, network.report, changed=True)
-            own = [_own_block(block, changed, network, other) for block in blocks]
-            names = [n for block in own if block.skipped is None for n in block.parameters]
+            every = [_own_block(block, changed, network, other) for block in explained.blocks]
+            names = [n for block in every if block.skipped is None for n in block.parameters]
             checks = run_selfchecks(
-                changed.objective,
+                fitting(other),
                 other.select(list(dict.fromkeys(names))),
                 curvature=options.curvature,
                 seed=options.seed,
+                engine=options.engine,
             )
             halves = _halves(network, changed)
             other.prepare(changed.objective.value(), checks, halves)
@@ -82,6 +94,7 @@ def _changed(
             if len(changed.objective.batches.items) < len(network.objective.batches.items):
                 items = network.objective.batches.items
                 other.batch_rows = tuple(row_count(batch) for batch in items)
+            own = [block for block in every if share.owns(block)]
             rows.compute(Stage(other, own, variants, same_function=same, notes=changed.notes))
             told = _explained(explained, other, variants, name, rows.failed, changed.changed)
             return [*(f"{name}: {notice}" for notice in checks.notices), *told]
@@ -93,7 +106,7 @@ def _changed(
     except (StoreError, OutOfResources):
         raise  # of the journal: no row failed
     except FAILURES as error:
-        failure = why(error)
+        failure = why(network.told(error, name))
         rows.skip(blocks, variants, failure, dtype=options.dtype, same_function=same, failed=True)
     return []
 
@@ -111,7 +124,8 @@ def _explained(
         explained.add(network, variants, changed)
     except Exception as error:  # it explains the rows, and may cost none of them
         failed.append(f"H_e of {name}")
-        return [f"H_e of {name} is not complete: {why(error)}"]
+        told = network.told(error, f"H_e of {name}")
+        return [f"H_e of {name} is not complete: {why(told)}"]
     return []
 
 
@@ -123,7 +137,7 @@ def _halves(network: Network, changed: Changed) -> list[Objective]:
         batches = half.batches
         if joined and len(batches.items) > 1:
             batches = replace(batches, items=(join(batches.items),), shares=(1.0,))
-        found.append(Objective(half.model, changed.objective.loss, batches))
+        found.append(replace(half, loss=changed.objective.loss, batches=batches))
     return found
 
 

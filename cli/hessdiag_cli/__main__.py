@@ -9,7 +9,7 @@ import sys
 from types import FrameType
 
 from hessdiag.errors import HessdiagError, InputError, OutOfResources, is_out_of_memory
-from hessdiag_cli import console
+from hessdiag_cli import console, ranks
 
 EXIT_USAGE = 2
 EXIT_RESOURCES = 5
@@ -42,26 +42,49 @@ def exit_code(error: BaseException) -> int:
 
 def main() -> None:
     """Run the command line; never shows a traceback unless ``--debug`` asks for it."""
+    try:
+        _run()
+    except BaseException as ended:
+        ranks.let_the_first_speak(getattr(ended, "code", EXIT_INTERNAL))
+        raise
+
+
+def _run() -> None:
     _catch_signals()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A name or a κ that the terminal's encoding lacks must not cost the result.
             stream.reconfigure(errors="replace")
+    ranks.mute_others()
     try:
         from hessdiag_cli.app import app
 
         app()
     except Stopped as stopped:
+        _deaf()
+        ranks.speak_for_the_lost()
+        lost = ranks.lost_meanwhile()  # torchrun then stops the others
+        if lost is not None:
+            console.fail("\n".join([str(lost), *getattr(stopped, "__notes__", [])]))
+            raise SystemExit(EXIT_RESOURCES) from None
         console.notice(_message(stopped).replace("\n", "; "))
         raise SystemExit(stopped.code) from None
     except (Exception, KeyboardInterrupt) as error:
+        _deaf()
+        if isinstance(error, OutOfResources):
+            ranks.speak_for_the_lost()
         if "--debug" in sys.argv:
             raise
         console.fail(_message(error))
         raise SystemExit(exit_code(error)) from None
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # the exit code is known
+        _deaf()
+
+
+def _deaf() -> None:
+    """Ignore signals from here on: the exit code is known, and is told without a stop."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _catch_signals() -> None:

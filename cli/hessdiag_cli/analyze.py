@@ -13,6 +13,7 @@ from typer import Argument, Option
 
 from hessdiag_cli import console
 from hessdiag_cli.console import Debug, Json, Quiet, Verbose
+from hessdiag_cli.ranks import together
 from hessdiag_cli.several import Job, Tasks, check_all, kept, plan
 
 if TYPE_CHECKING:
@@ -101,10 +102,18 @@ def analyze(
         Option(metavar="CKPT", help="Point p* of the cosines (default: the analysed one)."),
     ] = None,
     engine: Annotated[
-        str, Option(metavar="auto|kept|recompute", help="auto, kept or recompute.")
+        str,
+        Option(
+            metavar="auto|kept|linearized|recompute|difference",
+            help="How a product is computed; difference: for models without double backward.",
+        ),
     ] = "auto",
     memory_budget: Annotated[
         str | None, Option(help="For kept graphs, such as 8G (default: half of what is free).")
+    ] = None,
+    shard: Annotated[
+        str | None,
+        Option(metavar="I/N", help="Compute part I of N of the blocks only; `merge` joins them."),
     ] = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -141,32 +150,35 @@ def analyze(
         "reference": reference,
         "engine": engine,
         "memory_budget": memory_budget,
+        "shard": shard,
     }
-    make_options(**options)
-    jobs = plan(checkpoint, output)
-    tasks = Tasks(task, task_arg or [], data)
-    if len(jobs) > 1:
-        with redirect_stdout(sys.stderr):
-            check_all(jobs, tasks, trust=trust)
-    runs: list[Run] = []
-    told: set[str] = set()
-    for position, job in enumerate(jobs):
-        try:
-            if len(jobs) > 1:
-                count = f"checkpoint {position + 1}/{len(jobs)}"
-                console.notice(f"{count}  {job.checkpoint}", quiet=quiet)
-            runs.append(
-                _analyze(job, tasks, options, trust=trust, force=force, quiet=quiet, told=told)
-            )
-        except BaseException as error:
-            if len(jobs) > 1:
-                error.add_note(kept(jobs, position))
-            raise
-        if verbose:
-            engines = runs[-1].provenance.environment.get("engine")
-            console.notice(f"engines: {engines}", quiet=quiet)
+    chosen = make_options(**options)
+    with together(device) as group:
+        jobs = plan(checkpoint, output, chosen.shard)
+        tasks = Tasks(task, task_arg or [], data)
         if len(jobs) > 1:
-            console.notice(f"stored in {job.output}", quiet=quiet)
+            with redirect_stdout(sys.stderr):
+                check_all(jobs, tasks, trust=trust)
+        runs: list[Run] = []
+        told: set[str] = set()
+        for position, job in enumerate(jobs):
+            try:
+                if len(jobs) > 1:
+                    count = f"checkpoint {position + 1}/{len(jobs)}"
+                    console.notice(f"{count}  {job.checkpoint}", quiet=quiet)
+                shared = {**options, "group": group}
+                runs.append(
+                    _analyze(job, tasks, shared, trust=trust, force=force, quiet=quiet, told=told)
+                )
+            except BaseException as error:
+                if len(jobs) > 1:
+                    error.add_note(kept(jobs, position))
+                raise
+            if verbose:
+                engines = runs[-1].provenance.environment.get("engine")
+                console.notice(f"engines: {engines}", quiet=quiet)
+            if len(jobs) > 1:
+                console.notice(f"stored in {job.output}", quiet=quiet)
     console.emit(_printed(runs, json=json))
     if len(jobs) == 1:
         console.notice(f"stored in {jobs[0].output}", quiet=quiet)

@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 
 from hessdiag_cli.analyze import analyze
+from hessdiag_cli.crosscheck import crosscheck
 from hessdiag_cli.demo import demo
 from hessdiag_cli.diff import diff
 from hessdiag_cli.init import init
 from hessdiag_cli.inspect import inspect
+from hessdiag_cli.merge import merge
 from hessdiag_cli.show import show
 from hessdiag_cli.validate import validate
 
@@ -43,5 +45,5 @@ def main(
     """Why does this network train slowly? Hessian conditioning, with certificates."""
 
 
-for command in (demo, inspect, analyze, show, diff, validate, init):
+for command in (demo, inspect, analyze, show, diff, crosscheck, merge, validate, init):
     app.command()(command)

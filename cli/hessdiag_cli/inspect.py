@@ -55,11 +55,15 @@ def inspect(
     batch_size: Annotated[int | None, Option(help="With --estimate.")] = None,
     max_examples: Annotated[int | None, Option(help="With --estimate.")] = None,
     engine: Annotated[
-        str | None, Option(metavar="auto|kept|recompute", help="With --estimate.")
+        str | None,
+        Option(metavar="auto|kept|linearized|recompute|difference", help="With --estimate."),
     ] = None,
     memory_budget: Annotated[str | None, Option(help="With --estimate.")] = None,
     dtype: Annotated[str | None, Option(metavar="float64|float32", help="With --estimate.")] = None,
     device: Annotated[str | None, Option(metavar="DEVICE", help="With --estimate.")] = None,
+    shard: Annotated[
+        str | None, Option(metavar="I/N", help="With --estimate: of this shard's blocks.")
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -90,6 +94,7 @@ def inspect(
         "memory_budget": memory_budget,
         "dtype": dtype,
         "device": device,
+        "shard": shard,
     }
     options = {name: value for name, value in given.items() if value is not None}
     _check(options, estimate=estimate)

@@ -56,19 +56,21 @@ def look_for_task(
     )
 
 
-def default_output(checkpoint: Path) -> Path:
+def default_output(checkpoint: Path, shard: str | None = None) -> Path:
     """The run file of a checkpoint where no ``-o`` is given: in the working directory.
 
     A directory gives its whole name, dots and all; an index of shards what is before its suffixes.
+    Each ``shard``, ``I/N``, of an analysis has a file of its own.
     """
+    tail = ".h5" if shard is None else f".shard-{shard.replace('/', '-of-')}.h5"
     try:
         if checkpoint.is_dir():
-            return Path(f"{checkpoint.resolve().name}.h5")
+            return Path(f"{checkpoint.resolve().name}{tail}")
     except OSError:  # reading it will say what is wrong
         pass
     name = checkpoint.name
     stem = name.split(".")[0] if name.endswith(".index.json") else checkpoint.stem
-    return Path(f"{stem}.h5")
+    return Path(f"{stem}{tail}")
 
 
 def parse_arguments(arguments: Sequence[str]) -> dict[str, str]:

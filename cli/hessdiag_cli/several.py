@@ -24,14 +24,19 @@ class Job:
     output: Path
 
 
-def plan(checkpoints: Sequence[Path], output: Path | None) -> list[Job]:
+def plan(checkpoints: Sequence[Path], output: Path | None, shard: str | None = None) -> list[Job]:
     """One run file per checkpoint: ``output``, or the default's name, of several inside it.
+
+    Args:
+        checkpoints: To analyse.
+        output: As given, or None.
+        shard: ``I/N``; the default's name says so.
 
     Raises:
         OptionError: Two would be the same file; or ``output`` is no folder for several.
     """
     if len(checkpoints) == 1:
-        return [Job(checkpoints[0], output or default_output(checkpoints[0]))]
+        return [Job(checkpoints[0], output or default_output(checkpoints[0], shard))]
     if output is not None and not output.is_dir():
         raise OptionError(
             f"-o {output} is not a directory, which it must be for {len(checkpoints)} checkpoints: "
@@ -40,7 +45,7 @@ def plan(checkpoints: Sequence[Path], output: Path | None) -> list[Job]:
     jobs: list[Job] = []
     taken: dict[Path, Path] = {}
     for checkpoint in checkpoints:
-        path = (output or Path()) / default_output(checkpoint)
+        path = (output or Path()) / default_output(checkpoint, shard)
         if path in taken:
             raise OptionError(
                 f"{taken[path]} and {checkpoint} would both be stored in {path}; "

@@ -23,7 +23,7 @@ def counts(inertia: Inertia, size: int) -> dict[str, Value]:
     return {
         "n_positive": _count(inertia.positive, inertia.positive_low, inertia.positive_high),
         "n_negative": _count(inertia.negative, inertia.negative_low, inertia.negative_high),
-        "n_zero": _count(zero, size - possible, size - certain),
+        "n_zero": _count(zero, max(size - possible, 0), size - certain),
     }
 
 

@@ -98,6 +98,8 @@ def _kind(node: Any, kinds: Kinds) -> int | None:
         return _times(-1.0, known)
     if name == "LogSoftmaxBackward0":
         return CONCAVE if known == AFFINE else None
+    if name == "LargeCrossEntropyBackward":
+        return CONVEX if known == AFFINE and node.convex else None
     if name in LIKELIHOOD:
         return _times(-1.0, known) if _nonnegative(node, "_saved_weight") else None
     if name == "PowBackward0":

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hessdiag.curvature.cross_entropy import LARGE, large_cross_entropy
 from hessdiag.data import convert
 from hessdiag.errors import InputError
 
@@ -185,7 +186,8 @@ def exact_arithmetic(modules: Sequence[nn.Module], dtype: torch.dtype) -> Iterat
     """Global switches that second derivatives need; yields the record for the provenance.
 
     Math attention (the fused kernels have no double backward), no fused encoder path, TF32 off,
-    autocast off, compiled code run eagerly, and cuDNN off when there is a recurrent module.
+    autocast off, compiled code run eagerly, cuDNN off when there is a recurrent module, and
+    large cross-entropies by :mod:`hessdiag.curvature.cross_entropy`.
     """
     record: dict[str, Any] = {
         "attention": "math",
@@ -194,6 +196,7 @@ def exact_arithmetic(modules: Sequence[nn.Module], dtype: torch.dtype) -> Iterat
         "autocast": False,
         "compiled_modules": "run eagerly",
         "cudnn_rnn": "off" if has_rnn(modules) else "not used",
+        "cross_entropy": f"by rows from {LARGE} logits on",
         "default_dtype": str(dtype).removeprefix("torch."),
     }
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -203,6 +206,7 @@ def exact_arithmetic(modules: Sequence[nn.Module], dtype: torch.dtype) -> Iterat
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
+        stack.enter_context(large_cross_entropy())
         for kind in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(_tf32_off())

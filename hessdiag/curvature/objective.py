@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
+from hessdiag.curvature.loan import has_batch_statistics
 from hessdiag.data import Batches
 from hessdiag.distributed import Alone, Group
+from hessdiag.distributed.pieces import Division, dealt, divided
 from hessdiag.errors import InputError, TaskError, is_out_of_memory
+from hessdiag.failures import batch_work
 from hessdiag_probes.types import Vector
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
+SAME = {torch.float64: 1e-10, torch.float32: 1e-4}
+"""Relative differences by which a loss is taken to be the same when its batches are cut."""
 
 
 @dataclass(frozen=True)
@@ -32,24 +38,107 @@ class Objective:
         loss: Of the model and a batch, the mean over its units.
         batches: All of them, on every rank.
         group: The processes that share the work on them.
+        units: What a batch's mean is taken over; None where batches must not be cut.
     """
 
     model: nn.Module
     loss: LossFunction
     batches: Batches
     group: Group = field(default_factory=Alone)
+    units: Callable[[Any], float] | None = None
+    _agreed: list[bool] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __iter__(self) -> Iterator[tuple[Any, float]]:
         """All batches, with their shares of the mean."""
         return zip(self.batches.items, self.batches.shares, strict=True)
 
     def own(self) -> Iterator[tuple[Any, float]]:
-        """The batches of this rank, with their shares of the mean over all."""
-        return islice(self, self.group.rank, None, self.group.size)
+        """The batches of this rank, or its rows of them, with their shares of the mean over all."""
+        return ((batch, share) for _, batch, share in self._own())
+
+    def _own(self) -> Iterator[tuple[int, Any, float]]:
+        """The same, each with the index of its batch."""
+        if self.group.size == 1:
+            for index, (batch, share) in enumerate(self):
+                yield index, batch, share
+            return
+        for piece in self.division.pieces[self.group.rank]:
+            yield piece.index, piece.batch, piece.share
+
+    @cached_property
+    def division(self) -> Division:
+        """Which rows each rank has; whole batches where the loss is no mean over rows."""
+        items, shares, ranks = self.batches.items, self.batches.shares, self.group.size
+        if has_batch_statistics(self.model):
+            return dealt(items, shares, ranks, "BatchNorm takes its statistics over a batch")
+        division = divided(items, shares, ranks, self.units)
+        if division.cut is not None and not self._is_mean_over_rows(division, division.cut):
+            return dealt(items, shares, ranks, "a batch's loss is not the mean over its rows")
+        return division
+
+    def shared_unevenly(self) -> list[str]:
+        """What the user should know of ranks that have less to do than others."""
+        if self.group.size == 1 or not self.division.reason:
+            return []
+        rows = ", ".join(map(str, self.division.rows))
+        return [
+            f"the ranks have {rows} rows, for batches are dealt whole: {self.division.reason}; "
+            "fewer processes, or more and smaller batches, waste less"
+        ]
+
+    def distributed(self) -> dict[str, Any] | None:
+        """How the data were shared, for the provenance; None of one process."""
+        record = self.group.record()
+        if record is None:
+            return None
+        batches = [len(own) for own in self.division.pieces]
+        return record | {"rows": self.division.rows, "batches": batches}
+
+    def _is_mean_over_rows(self, division: Division, index: int) -> bool:
+        """Whether the pieces of a batch have its loss and its gradient.
+
+        Cost:
+            Two gradients of that batch, on every rank.
+        """
+        parameters = [p for p in self.model.parameters() if p.dtype in SAME]
+        pieces = [p for own in division.pieces for p in own if p.index == index]
+        whole = [(self.batches.items[index], self.batches.shares[index])]
+        with _disable_current_modes():
+            parts = [self._total([(p.batch, p.share)], parameters) for p in pieces]
+            loss, gradient = self._total(whole, parameters)
+        limit = SAME[parameters[0].dtype]
+        # The pieces' own sizes are the scale: they may cancel in the whole.
+        size = float(sum(value.abs() for value, _ in parts))
+        slope = float(sum(part.norm() for _, part in parts))
+        return bool(
+            (sum(value for value, _ in parts) - loss).abs() <= limit * size
+            and (sum(part for _, part in parts) - gradient).norm() <= limit * slope
+        )
+
+    def _total(
+        self, batches: Iterable[tuple[Any, float]], parameters: Sequence[nn.Parameter]
+    ) -> tuple[Tensor, Vector]:
+        """The loss and its gradient over these batches."""
+        slope = zeros(parameters)
+        value = torch.zeros((), dtype=torch.float64, device=slope.device)
+        with only(parameters):
+            for batch, share in batches:
+                loss = self.evaluate(batch)
+                value += share * loss.detach().to(value)
+                if loss.requires_grad:
+                    parts = torch.autograd.grad(
+                        loss, parameters, allow_unused=True, materialize_grads=True
+                    )
+                    slope += share * flatten(parts)
+        return value, slope
 
     def summed(self, part: Callable[[], Vector], argument: Vector | None = None) -> Vector:
         """The sum over all ranks of ``part``, this one's share; see :class:`Group`."""
-        return self.group.summed(part, argument)
+        if self.group.size > 1 and not self._agreed:
+            self.group.same({"division of the data": [self.division.cut, self.division.rows]})
+            self._agreed.append(True)
+        with batch_work():
+            return self.group.summed(part, argument)
 
     def evaluate(self, batch: Any) -> Tensor:
         """The batch's loss, a scalar.
@@ -81,8 +170,11 @@ class Objective:
         Raises:
             InputError: The loss is not finite; the message names the batch.
         """
+        return float(self.summed(self._own_value))
+
+    def _own_value(self) -> Tensor:
         total = 0.0
-        for index, (batch, share) in enumerate(self):
+        for index, batch, share in self._own():
             # Gradients stay on: a loss may differentiate the model by its input (PINNs).
             loss = float(self.evaluate(batch).detach())
             if not math.isfinite(loss):
@@ -91,22 +183,13 @@ class Objective:
                     "log of zero) and at the weights before their curvature"
                 )
             total += share * loss
-        return total
+        return torch.tensor([total], dtype=torch.float64)
 
     def gradient(self, parameters: Sequence[nn.Parameter]) -> Vector:
         """The gradient over the dataset, flattened in the order of ``parameters``."""
 
         def part() -> Vector:
-            total = zeros(parameters)
-            with only(parameters):
-                for batch, share in self.own():
-                    loss = self.evaluate(batch)
-                    if loss.requires_grad:
-                        parts = torch.autograd.grad(
-                            loss, parameters, allow_unused=True, materialize_grads=True
-                        )
-                        total += share * flatten(parts)
-            return total
+            return self._total(self.own(), parameters)[1]
 
         return self.summed(part)
 

@@ -19,6 +19,7 @@ from hessdiag_probes.types import Matvec, Vector
 
 _INTEGER = {torch.float64: torch.int64, torch.float32: torch.int32}
 _TINY = torch.finfo(torch.float32).tiny
+_PIECE = 2**16
 
 
 class Rounded(TorchDispatchMode):
@@ -84,15 +85,27 @@ def _round(tensor: Tensor, dropped: int, narrow: Any) -> None:
     """Round in place, or take the float32 result where its range holds the number."""
     if tensor.layout != torch.strided or tensor.numel() == 0 or tensor._is_zerotensor():
         return  # the derivative of a sign is zeros without storage, and a write would crash
-    bits = tensor.detach().view(_INTEGER[tensor.dtype])
+    other = narrow if isinstance(narrow, Tensor) and narrow.shape == tensor.shape else None
+    if not (tensor.is_contiguous() and (other is None or other.is_contiguous())):
+        _round_piece(tensor.detach(), dropped, other)
+        return
+    # In pieces that a cache holds: each temporary of a large tensor would be new memory.
+    pieces = tensor.detach().view(-1).split(_PIECE)
+    others = [None] * len(pieces) if other is None else other.view(-1).split(_PIECE)
+    for piece, beside in zip(pieces, others, strict=True):
+        _round_piece(piece, dropped, beside)
+
+
+def _round_piece(tensor: Tensor, dropped: int, narrow: Tensor | None) -> None:
+    bits = tensor.view(_INTEGER[tensor.dtype])
     # Half a unit is added in the magnitude bits, so this rounds to nearest, ties away; the
     # exponent takes the carry, and infinities are left alone.
     finite = torch.isfinite(tensor)
     rounded = (bits + (1 << (dropped - 1))) & ~((1 << dropped) - 1)
     rounded = torch.where(finite, rounded, bits)
-    if isinstance(narrow, Tensor) and narrow.shape == tensor.shape:
+    if narrow is not None:
         wide = narrow.to(tensor.dtype)
-        size = tensor.detach().abs()
+        size = tensor.abs()
         held = finite & torch.isfinite(wide) & ((size >= _TINY) | (size == 0))
         rounded = torch.where(held, wide.contiguous().view(rounded.dtype), rounded)
     bits.copy_(rounded)

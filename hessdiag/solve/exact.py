@@ -22,7 +22,6 @@ from hessdiag.conditioning.spectrum import (
 )
 from hessdiag.quantity import Quantity
 from hessdiag.solve.problem import (
-    DOUBT_FACTOR,
     ROW_FACTOR,
     SMALL_STEP,
     Array,
@@ -68,7 +67,11 @@ def solve_exact(matrix: Tensor, problem: Problem) -> Solved:
     live = norms > 0
     active = matrix[live][:, live]
     spectrum, vector, seen = _decompose(active, live, problem)
-    full, order = _with_zeros(_doubted(spectrum, doubt), matrix, float(doubt.norm()))
+    full, order = _with_zeros(
+        _doubted(spectrum, doubt, congruent=problem.inertia is not None),
+        matrix,
+        float(doubt.norm()),
+    )
     gradient = problem.gradient.to(vector)
     coefficient = torch.cat([vector.T @ gradient[live], gradient[~live]])[order]
     values |= exact_quantities(full, eps=problem.eps, damping=problem.damping)
@@ -97,8 +100,8 @@ class Cleaned:
     Attributes:
         matrix: Those rows and columns zeroed, (n, n).
         dead: Which, (n,).
-        doubt: Norms of the zeroed rows of some hundred times their own noise, which may be real,
-            (n,); 0 for all others.
+        doubt: Norms of the zeroed rows that may be real, as those of some hundred times their own
+            noise, (n,); 0 for all others.
     """
 
     matrix: Tensor
@@ -115,8 +118,7 @@ def without_noise(matrix: Tensor, noise: Noise) -> Cleaned:
     clean = matrix.clone()
     clean[dead] = 0.0
     clean[:, dead] = 0.0
-    real = dead & (norms > DOUBT_FACTOR * noise.rows.to(norms).clamp_min(noise.block))
-    return Cleaned(clean, dead, torch.where(real, norms, torch.zeros_like(norms)))
+    return Cleaned(clean, dead, noise.doubtful(norms, dead))
 
 
 def positive_floor(matrix: Tensor, problem: Problem) -> float | None:
@@ -142,21 +144,24 @@ def entry_error(matrix: Tensor, problem: Problem) -> float | None:
     if not bool(live.any()) or not bool((diagonal > 0).all()):
         return None
     entry = _scaled_noise(problem, live, diagonal.rsqrt(), "relative")
-    return 4 * problem.eps + 10 * entry / math.sqrt(int(live.sum()))
+    spread = _relative_rounding(problem, live, diagonal.rsqrt())
+    return 4 * problem.eps + 10 * entry / math.sqrt(int(live.sum())) + spread
 
 
-def _doubted(spectrum: ExactSpectrum, doubt: Vector) -> ExactSpectrum:
+def _doubted(spectrum: ExactSpectrum, doubt: Vector, *, congruent: bool = False) -> ExactSpectrum:
     """The spectrum with what the doubtful rows may add, by Weyl's theorem."""
     count = int((doubt > 0).sum())
     if count == 0:
         return spectrum
     reach = math.sqrt(2) * float(doubt.norm())
-    inertia = replace(
-        spectrum.inertia,
-        positive_high=spectrum.inertia.positive_high + count,
-        negative_high=spectrum.inertia.negative_high + count,
-        ambiguous=True,
-    )
+    inertia, most = spectrum.inertia, len(doubt)
+    if not congruent:  # else the signs are those of raw, whose own doubts they hold
+        inertia = replace(
+            inertia,
+            positive_high=min(inertia.positive_high + count, most),
+            negative_high=min(inertia.negative_high + count, most),
+            ambiguous=True,
+        )
     return replace(
         spectrum,
         error=spectrum.error + reach,
@@ -172,10 +177,14 @@ def _decompose(
     size = active.shape[0]
     balanced = equilibrate(active)
     noise = _scaled_noise(problem, live, balanced.scale, "equilibrated")
+    if problem.noise.coarse and problem.rounding is not None:
+        errors = problem.rounding[live][:, live].to(balanced.scale)
+        spread = float((balanced.scale[:, None] * errors * balanced.scale).norm())
+        noise = max(noise, spread / (ROUNDING_SHARE * NOISE_FACTOR))
     signs = eigvalsh(balanced.matrix)
     norm = float(signs.abs().max())
     # Narrower products have no entry right enough for a huge range to mean anything (maths 0.3).
-    narrow = problem.eps > torch.finfo(torch.float64).eps
+    narrow = problem.narrow
     own = count_inertia(
         signs.cpu().numpy(), zero_tolerance(norm, size, problem.eps, noise), narrow=narrow
     )

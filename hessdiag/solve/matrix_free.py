@@ -16,12 +16,12 @@ from hessdiag.conditioning.kappa import rates
 from hessdiag.conditioning.sketch import row_arrays, sketch_quantities
 from hessdiag.conditioning.spectrum import ROUNDING_SHARE, zero_tolerance
 from hessdiag.errors import is_out_of_memory
+from hessdiag.failures import lacks_batch_memory
 from hessdiag.quantity import Quantity
 from hessdiag.run import Value
 from hessdiag.solve.budget import DENSITY_PROBES, Budget
 from hessdiag.solve.problem import (
     CUT_SHORT,
-    DOUBT_FACTOR,
     ROW_FACTOR,
     SMALL_STEP,
     Array,
@@ -77,21 +77,21 @@ def solve_matrix_free(
 
     matvec = CountedMatvec(shifted)
     spectrum, run = _ends(matvec, problem, budget, doubt)
-    notes = [*budget.reasons, *_width_notes(spectrum, budget, matvec.count)]
+    notes = [*budget.reasons, *budget.told, *_width_notes(spectrum, budget, matvec.count)]
     values |= ritz_quantities(spectrum, dead.numel(), damping=problem.damping)
     values |= uniform_forecast(Quantity.unresolved())
     arrays: dict[str, Array] = {"ritz_value": spectrum.value, "ritz_bound": spectrum.bound}
     if run is not None:
         arrays["ritz_weight"] = run.ritz().weight.numpy()
     rows: dict[str, Array] = {}
-    with _kept_without_memory("the forecast", notes):
+    with _kept_without_memory("the forecast", notes, budget):
         values |= _forecast(matvec, problem, budget, spectrum)
     if budget.probes and not budget.over():
-        with _kept_without_memory("what the probes tell", notes):
+        with _kept_without_memory("what the probes tell", notes, budget):
             sketched, rows = _sketch(matvec, problem, budget, spectrum, run, doubt)
             values |= sketched
     if budget.density and not budget.over():
-        with _kept_without_memory("the density", notes):
+        with _kept_without_memory("the density", notes, budget):
             found = _density(matvec, problem, budget, spectrum)
             values |= found.values
             arrays |= found.arrays
@@ -108,13 +108,16 @@ def solve_matrix_free(
 
 
 @contextmanager
-def _kept_without_memory(what: str, notes: list[str]) -> Iterator[None]:
+def _kept_without_memory(what: str, notes: list[str], budget: Budget) -> Iterator[None]:
     """Let a stage go for want of memory; what is certified before stays."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        told = error if budget.agree is None else budget.agree(error, what)
+        if not is_out_of_memory(told):
             raise
+        if lacks_batch_memory(told) and budget.batches_may_shrink:
+            raise  # then all of the row is to be had
         notes.append(f"{what} is left out: out of memory")
 
 
@@ -123,8 +126,8 @@ def dead_rows(noise: Noise) -> tuple[torch.Tensor, float]:
     dead = noise.seen <= ROW_FACTOR * noise.rows
     if float(noise.seen.norm()) <= ROW_FACTOR * noise.block * math.sqrt(dead.numel()):
         dead = torch.ones_like(dead)
-    real = dead & (noise.seen > DOUBT_FACTOR * noise.rows.clamp_min(noise.block))
-    return dead, DOUBT_MARGIN * math.sqrt(2) * float(noise.seen[real].norm())
+    real = noise.doubtful(noise.seen, dead)
+    return dead, DOUBT_MARGIN * math.sqrt(2) * float(real.norm())
 
 
 def _start(problem: Problem) -> Vector:
@@ -144,6 +147,7 @@ def _ends(
     size = problem.gradient.numel()
     floor = problem.floor
     run: Tridiagonal | None = None
+    reach = 0.0
     if budget.power:
         found = power_ends(
             matvec,
@@ -165,10 +169,17 @@ def _ends(
             reach = budget.tolerance * max(abs(least), abs(most))
             return max(high - most, least - low) <= reach or budget.over()
 
-        run = lanczos(matvec, _start(problem), min(budget.steps, size), converged=converged)
+        run = lanczos(
+            matvec,
+            _start(problem),
+            min(budget.steps, size),
+            converged=converged,
+            storage=budget.storage,
+        )
         ritz = run.ritz()
         value, bound = ritz.value.numpy(), ritz.bound.numpy()
         low, high = ritz.ends(FAILURE)
+        reach = ritz.reach
     tolerance = zero_tolerance(
         float(np.abs(value).max()), size, problem.eps, max(problem.noise.block, doubt)
     )
@@ -179,7 +190,7 @@ def _ends(
             low=low,
             high=high,
             failure=FAILURE,
-            rounding=max(_rounding(value, tolerance, problem), doubt),
+            rounding=max(_rounding(value, tolerance, problem), doubt) + reach,
             tolerance=tolerance,
             floor=floor,
         ),
@@ -208,7 +219,13 @@ def _forecast(
     if reach <= 0 or budget.over() or budget.forecast == 0:
         return uniform_forecast(Quantity.unresolved())
     steps = min(budget.forecast, gradient.numel())
-    run = lanczos(matvec, gradient, steps, converged=lambda _: budget.over())
+    run = lanczos(
+        matvec,
+        gradient,
+        steps,
+        converged=lambda _: budget.over(),
+        storage=budget.elsewhere,
+    )
     # No node may lie left of the prescribed one, which rounding alone could bring about.
     floor = min(spectrum.bottom.low or 0.0, float(run.ritz().value[0]) - spectrum.rounding)
     return krylov_forecast(
@@ -245,7 +262,9 @@ def _sketch(
         deflate=run,
         stop=budget.over,
     )
-    noise = 10 * problem.noise.block * math.sqrt(like.numel()) + doubt
+    # Truncation has a sign of its own, and does not cancel as rounding does.
+    terms = like.numel() if problem.noise.coarse else 10 * math.sqrt(like.numel())
+    noise = max(terms, 10 * math.sqrt(like.numel())) * problem.noise.block + doubt
     rows = row_arrays(moments, 10 * problem.noise.rows.cpu().numpy() + doubt)
     return sketch_quantities(moments, spectrum, noise), rows
 
@@ -264,6 +283,7 @@ def _density(
         dtype=like.dtype,
         device=like.device,
         stop=budget.over,
+        storage=budget.elsewhere,
     )
     return density_fields(quadrature, spectrum, positive=problem.positive)
 

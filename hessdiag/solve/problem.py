@@ -35,6 +35,8 @@ class Noise:
         rows: ν of each row, (n,): the error of a product with vectors of entries about ±1.
         seen: The largest magnitude in each row of those products, (n,).
         gradient: Bound on the gradient's error, 2-norm.
+        coarse: The products err by more than the rounding of their type, as differences of
+            gradients do: what they show to be zero may be small and real.
     """
 
     error: Callable[[Vector], Vector]
@@ -42,6 +44,20 @@ class Noise:
     rows: Vector
     seen: Vector
     gradient: float
+    coarse: bool = False
+
+    def doubtful(self, norms: Vector, dead: Tensor) -> Vector:
+        """What the rows that are zeroed may have been, (n,): 0 for those that are zero.
+
+        Args:
+            norms: Of the rows, or what products showed of them, (n,).
+            dead: Which are zeroed, (n,).
+        """
+        rows = self.rows.to(norms)
+        if self.coarse:
+            return torch.where(dead, norms + rows, torch.zeros_like(norms))
+        real = dead & (norms > DOUBT_FACTOR * rows.clamp_min(self.block))
+        return torch.where(real, norms, torch.zeros_like(norms))
 
 
 @dataclass(frozen=True)
@@ -62,8 +78,8 @@ class Problem:
         floor: A lower bound on the eigenvalues of A + shift that its structure gives, or None.
         inertia: Of A, where that of another congruent matrix is known; None counts A's own.
         positive: Share of positive eigenvalues, where a congruent matrix's is known, or None.
-        rounding: Bounds on the errors of the entries of A by the change of coordinates, (n, n);
-            None where they are no more than those of any product.
+        rounding: Bounds on the errors of the entries of A by the change of coordinates, or by
+            differences, (n, n); None where they are no more than those of any product.
         doubt: What A lacks of rows that were zeroed in other coordinates though they may be
             real: norms of its rows, (n,), or None.
     """
@@ -84,6 +100,11 @@ class Problem:
     rounding: Tensor | None = None
     doubt: Vector | None = None
 
+    @property
+    def narrow(self) -> bool:
+        """Whether ordinary eigenvalues may lie far below τ, where no sign is known."""
+        return self.noise.coarse or self.eps > torch.finfo(torch.float64).eps
+
 
 @dataclass(frozen=True)
 class Solved:
@@ -103,6 +124,7 @@ def measure_noise(
     name: str,
     gradient: float,
     vectors: int = 2,
+    coarse: bool = False,
 ) -> Noise:
     """ν of a block and of its rows, from vectors of random signs and sizes in 1/2 … 3/2.
 
@@ -117,15 +139,20 @@ def measure_noise(
     seen = rows.clone()
     block = 0.0
     for index in range(vectors):
-        source = generator(seed, name, f"noise {index + 1}")
-        sign = rademacher(like.numel(), generator=source)
-        size = 0.5 + torch.rand(like.numel(), generator=source, dtype=torch.float64)
-        vector = (sign * size).to(like)
+        vector = noise_vector(like, seed=seed, name=name, index=index)
         wrong = error(vector).double()
         rows = torch.maximum(rows, wrong.abs())
         seen = torch.maximum(seen, product(vector).abs().double())
         block = max(block, float(wrong.norm()) / float(vector.norm()))
-    return Noise(error, block, rows, seen, gradient)
+    return Noise(error, block, rows, seen, gradient, coarse)
+
+
+def noise_vector(like: Vector, *, seed: int, name: str, index: int) -> Vector:
+    """One of the vectors that a block's noise is measured with."""
+    source = generator(seed, name, f"noise {index + 1}")
+    sign = rademacher(like.numel(), generator=source)
+    size = 0.5 + torch.rand(like.numel(), generator=source, dtype=torch.float64)
+    return (sign * size).to(like)
 
 
 def common_fields(problem: Problem, inactive: int, method: str) -> dict[str, Value]:

@@ -28,6 +28,7 @@ def run_document(run: Run) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         **{key: config.get(key) for key in ("task", "curvature", "device", "seed")},
+        **({"shard": config["shard"]} if config.get("shard") else {}),
         "blocks": [
             {
                 "name": block.name,

@@ -9,6 +9,7 @@ from rich.text import Text
 from hessdiag.plain import printable
 from hessdiag.quantity import Quantity
 from hessdiag.run import Run, VariantResult
+from hessdiag.shard import shard_sentence
 from hessdiag.tables.labels import some_of
 from hessdiag.tables.lines import brief, wrapped
 from hessdiag.tables.marks import certified, times
@@ -48,6 +49,8 @@ def remark_lines(run: Run, results: Results, width: int, more: Iterable[str] = (
         remarks.append(
             f"subset: between its halves λ_max differs by a factor of up to {max(ratios):.2f}"
         )
+    told = shard_sentence(run)
+    remarks += [told] if told and run.blocks else []
     remarks += [f"Warning: {printable(warning)}" for warning in run.provenance.warnings]
     lines = [line for remark in remarks for line in wrapped(f"- {remark}", width, indent="  ")]
     return [Text(), *lines] if lines else []

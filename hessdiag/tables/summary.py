@@ -11,6 +11,7 @@ from rich.text import Text
 from hessdiag.plain import printable
 from hessdiag.quantity import Quantity
 from hessdiag.run import BlockResult, Run, VariantResult
+from hessdiag.shard import shard_sentence
 from hessdiag.tables.columns import COLUMNS, GAP, HEADLINE, TERMS, Layout, aligned, layout
 from hessdiag.tables.cosines import cosine_sentences
 from hessdiag.tables.labels import shortened, some_of
@@ -59,7 +60,8 @@ def summary_table(
         legend = _legend(fitted)
         lines += wrapped(" · ".join(legend), width, "dim")
     else:
-        lines += wrapped("There is no block: the model has no parameter.", width)
+        reason = shard_sentence(run) or "There is no block: the model has no parameter."
+        lines += wrapped(reason, width)
     more = [] if shown == RAW else [*variant_remarks(results)]
     if variant is None:
         if len(run.variants) > 1:
@@ -100,6 +102,7 @@ def run_title(run: Run, variant: str, done: Iterable[VariantResult]) -> str:
         config.get("curvature"),
         results[0]["dtype"] if results else None,
         config.get("device"),
+        f"shard {config['shard']}" if config.get("shard") else None,
         f"loss {losses[-1]:.4g}" if losses else None,
         "train mode" if config.get("mode") == "train" else None,
         f"weight decay {decay:g}" if isinstance(decay, int | float) and decay else None,

@@ -15,7 +15,7 @@ from hessdiag.curvature.engines import BUILD, graph_bytes
 from hessdiag.curvature.objective import Objective
 from hessdiag.data import Batches, copy_batch, join
 from hessdiag.errors import InputError
-from hessdiag.memory import free_memory
+from hessdiag.memory import shared_memory
 from hessdiag.names import named_parameters
 from hessdiag.options import Options
 from hessdiag.task import Units
@@ -213,7 +213,7 @@ def _check_memory(objective: Objective, options: Options) -> None:
     parameters = [p for _, p in named_parameters(objective.model) if p.is_floating_point()]
     budget = options.memory_budget
     if budget is None:
-        budget = free_memory(parameters[0].device) // 2
+        budget = shared_memory(parameters[0].device, objective.group) // 2
     needed = graph_bytes(objective, parameters, BUILD[options.curvature])
     if needed > budget:
         raise NotEnoughMemory(

@@ -3,6 +3,7 @@
 They know no network, no file and no terminal.
 """
 
+from hessdiag_probes.basis import Basis, Share, Storage
 from hessdiag_probes.errors import Breakdown
 from hessdiag_probes.exact import (
     Assembled,
@@ -26,6 +27,7 @@ from hessdiag_probes.types import CountedMatvec, Matvec, Vector
 
 __all__ = [
     "Assembled",
+    "Basis",
     "Breakdown",
     "CountedMatvec",
     "Density",
@@ -42,8 +44,10 @@ __all__ = [
     "Quantile",
     "Ritz",
     "Rule",
+    "Share",
     "Span",
     "Spectrum",
+    "Storage",
     "Tridiagonal",
     "Vector",
     "assemble",

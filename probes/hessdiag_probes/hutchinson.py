@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hessdiag_probes.basis import Basis
 from hessdiag_probes.lanczos import Tridiagonal
 from hessdiag_probes.random import gaussian, rademacher
 from hessdiag_probes.tails import chi_square, quadratic_student, student
@@ -131,10 +132,10 @@ def hutchinson(
     product = CountedMatvec(matvec)
     diagonal = torch.zeros(n, dtype=torch.float64, device=device)
     weight, misfit, squares = (torch.zeros_like(diagonal) for _ in range(3))
-    traces: list[float] = []
+    traces: list[Tensor] = []
     while len(traces) < probes and not (len(traces) >= 2 and stop is not None and stop()):
         probe = draw(n, generator=generator, dtype=dtype, device=device)
-        rest = probe if deflate is None else _without(deflate.basis, probe)
+        rest = probe if deflate is None else _without(deflate.space, probe)
         image = product(rest).double()
         probe = probe.double()
         # Entry i of A P v is (A P)_ii v_i plus a noise that does not depend on v_i: a regression
@@ -145,9 +146,10 @@ def hutchinson(
         diagonal += surprise * probe / weight
         misfit += surprise.square() * (before / weight)
         squares += image.square()
-        traces.append(float((rest.double() * image).sum()))
+        traces.append((rest.double() * image).sum())
 
-    values = torch.tensor(traces, dtype=torch.float64)
+    product.look()
+    values = torch.stack(traces).cpu()
     done = len(traces)
     known = _known(deflate, diagonal)
     trace, trace_error = float(values.mean()) + known.trace, float(values.std()) / math.sqrt(done)
@@ -195,9 +197,9 @@ def _known(run: Tridiagonal | None, like: Tensor) -> _Known:
     steps = len(alphas)
     before, scale = torch.zeros_like(like), 0.0
     for j, alpha in enumerate(alphas):
-        vector = run.basis[j].double()
+        vector = run.space.vector(j).double()
         last = j + 1 == steps
-        after = run.residual.double() if last else betas[j] * run.basis[j + 1].double()
+        after = run.residual.double() if last else betas[j] * run.space.vector(j + 1).double()
         image = before + alpha * vector + after
         diagonal += image * vector
         squares += image.square()
@@ -205,7 +207,10 @@ def _known(run: Tridiagonal | None, like: Tensor) -> _Known:
         scale = max(scale, norm(image))
         if not last:
             before = betas[j] * vector
-    eps = 10 * math.sqrt(steps) * torch.finfo(run.basis.dtype).eps
+    # Of vectors that were rounded when they were kept this is far above what was measured.
+    eps = 10 * math.sqrt(steps) * run.space.eps
+    if run.drift is not None and scale > 0:
+        eps = max(eps, run.drift.overlap, float(run.drift.columns.sum()) / scale)
     return _Known(
         trace=math.fsum(alphas),
         trace_slack=eps * math.sqrt(steps) * scale,
@@ -230,10 +235,10 @@ def _root(
     )
 
 
-def _without(basis: Tensor, probe: Tensor) -> Tensor:
-    """The part of a probe outside the rows of ``basis``; twice, so that it is so to rounding."""
+def _without(space: Basis, probe: Tensor) -> Tensor:
+    """The part of a probe outside the basis; twice, so that it is so to rounding."""
     for _ in range(2):
-        probe = probe - basis.T @ (basis @ probe)
+        probe = probe - space.combination(space.coefficients(probe))
     return probe
 
 
@@ -243,12 +248,13 @@ def _check_run(run: Tridiagonal, n: int, distribution: str, dtype: torch.dtype) 
             f"deflate = a run with distribution = {distribution!r}; the intervals of a remainder "
             f"rest on Gaussian probes, so choose 'gaussian', or deflate nothing"
         )
-    if run.basis.shape[1] != n:
+    size, kind = run.residual.numel(), run.residual.dtype
+    if size != n:
         raise ValueError(
-            f"the run acts on {run.basis.shape[1]} numbers, the operator on {n}; "
+            f"the run acts on {size} numbers, the operator on {n}; "
             f"deflate with a run on the same operator"
         )
-    if run.basis.dtype != dtype:
+    if kind != dtype:
         raise ValueError(
-            f"the run is in {run.basis.dtype}, the probes in {dtype}; draw them in that of the run"
+            f"the run is in {kind}, the probes in {dtype}; draw them in that of the run"
         )

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hessdiag_probes.basis import AS_IT_IS, Storage
 from hessdiag_probes.counts import least_count, most_count
 from hessdiag_probes.lanczos import Ritz, lanczos
 from hessdiag_probes.random import gaussian
@@ -233,6 +234,7 @@ def stochastic_quadrature(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
     stop: Callable[[], bool] | None = None,
+    storage: Storage = AS_IT_IS,
 ) -> Quadrature:
     """Estimate the distribution of the eigenvalues of a symmetric operator.
 
@@ -245,6 +247,7 @@ def stochastic_quadrature(
         dtype: Of the vectors.
         device: Of the vectors.
         stop: Asked after every product whether those done must do.
+        storage: How the basis of a run is kept; not in fewer digits.
 
     Returns:
         The measures, in the units of ``A``. The bases are thrown away.
@@ -276,7 +279,7 @@ def stochastic_quadrature(
         if runs and stop is not None and stop():
             break
         start = gaussian(n, generator=generator, dtype=dtype, device=device)
-        run = lanczos(matvec, start, min(steps, n), converged=cut)
+        run = lanczos(matvec, start, min(steps, n), converged=cut, storage=storage)
         runs.append(Recurrence.of(run))
         squares.append(norm(start) ** 2)
         matvecs += run.matvecs

@@ -52,7 +52,16 @@ class Recurrence:
 
     @classmethod
     def of(cls, run: Tridiagonal) -> Recurrence:
-        """That of a run."""
+        """That of a run.
+
+        Raises:
+            ValueError: The basis of the run was rounded, and no rule is known to hold then.
+        """
+        if run.drift is not None:
+            raise ValueError(
+                "the run's basis was rounded, and what a quadrature rule of it is off is not "
+                "known; keep that of this run in the dtype of its vectors"
+            )
         last = torch.tensor([norm(run.residual)], dtype=torch.float64)
         diagonal = run.diagonal.numpy()
         offdiagonal = torch.cat([run.offdiagonal, last]).numpy()

@@ -20,22 +20,56 @@ The product has the shape, the dtype and the device of ``v``.
 """
 
 
+LOOK_EVERY = 5
+"""Products between two looks at numbers on a device, each of which waits for all work there."""
+
+
+def looks(like: Vector, every: int | None) -> int:
+    """Products between two looks: as asked, else each on the CPU and every few on a device."""
+    if every is not None:
+        return every
+    return 1 if like.device.type == "cpu" else LOOK_EVERY
+
+
 class CountedMatvec:
-    """A matvec that counts its products and refuses one that is misshapen or not finite."""
+    """A matvec that counts its products and refuses one that is misshapen or not finite.
 
-    __slots__ = ("count", "matvec")
+    On a device whether products are finite is only looked at every few of them.
 
-    def __init__(self, matvec: Matvec) -> None:
+    Attributes:
+        count: Products so far.
+        every: Products between two looks; None for 1 on the CPU and a few on a device.
+        dtype: Of the last product.
+    """
+
+    __slots__ = ("_finite", "_unseen", "count", "dtype", "every", "matvec")
+
+    def __init__(self, matvec: Matvec, every: int | None = None) -> None:
         self.matvec = matvec
         self.count = 0
+        self.every = every
+        self.dtype = torch.float64
+        self._finite: Tensor | None = None
+        self._unseen = 0
 
     def __call__(self, vector: Vector) -> Vector:
         """The product ``A v``.
 
         Raises:
             ValueError: The product is not shaped like ``vector``.
-            Breakdown: The product is not finite.
+            Breakdown: The product, or one since the last look, is not finite.
         """
+        product = self.unseen(vector)
+        finite = torch.isfinite(product).all()
+        self.dtype = vector.dtype
+        self._finite = finite if self._finite is None else self._finite & finite
+        self._unseen += 1
+        if self._unseen >= looks(vector, self.every):
+            self.look()
+        return product
+
+    def unseen(self, vector: Vector) -> Vector:
+        """The product, of which the caller himself finds out whether it is finite."""
         self.count += 1
         product = self.matvec(vector)
         if product.shape != vector.shape:
@@ -43,12 +77,27 @@ class CountedMatvec:
                 f"the matvec maps {vector.numel()} numbers to a product of shape "
                 f"{list(product.shape)}; it must return one vector of the same length"
             )
-        if not bool(torch.isfinite(product).all()):
-            raise Breakdown(
-                f"product {self.count} of the operator is not finite; check the loss and the "
-                f"parameters for infinities, or work in a wider dtype than {vector.dtype}"
-            )
         return product
+
+    def look(self) -> None:
+        """Make sure that all products so far are finite.
+
+        Raises:
+            Breakdown: One since the last look is not.
+        """
+        finite, since, self._finite, self._unseen = self._finite, self._unseen, None, 0
+        if finite is not None and not bool(finite):
+            first = self.count - since + 1
+            which = f"product {first}" if since == 1 else f"one of products {first} to {self.count}"
+            raise not_finite(which, self.dtype)
+
+
+def not_finite(which: str, dtype: torch.dtype) -> Breakdown:
+    """What a product that is not finite is told as."""
+    return Breakdown(
+        f"{which} of the operator is not finite; check the loss and the parameters for "
+        f"infinities, or work in a wider dtype than {dtype}"
+    )
 
 
 def check_vector(start: Vector) -> None:
@@ -78,6 +127,11 @@ def norm(vector: Vector) -> float:
 
 
 def unit(vector: Vector) -> Vector:
-    """The direction, safe where squares of the entries would leave the range of the dtype."""
-    shrunk = vector / vector.abs().amax()
-    return shrunk / norm(shrunk)
+    """The direction, safe where squares of the entries would leave the range of the dtype.
+
+    Of the zero vector it is zero.
+    """
+    tiny = torch.finfo(vector.dtype).tiny
+    shrunk = vector / vector.abs().amax().clamp(min=tiny)
+    size = torch.linalg.vector_norm(shrunk, dtype=torch.float64)
+    return shrunk / size.clamp(min=tiny)

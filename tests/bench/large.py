@@ -7,15 +7,13 @@ with many more probes. Prints one JSON row per network.
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from networks import resnet20, transformer
 
 from hessdiag import Task, analyze
 from hessdiag.blocks import WHOLE, find_blocks
@@ -28,84 +26,6 @@ from hessdiag.task import as_loss, units
 from hessdiag_probes import generator, hutchinson, lanczos, sphere
 
 REFERENCE_STEPS, REFERENCE_PROBES = 160, 120
-
-
-class Residual(nn.Module):
-    """Two 3×3 convolutions and a shortcut, as in the CIFAR networks of He et al. (2016)."""
-
-    def __init__(self, narrow: int, wide: int) -> None:
-        super().__init__()
-        stride = 1 if narrow == wide else 2
-        self.first = nn.Conv2d(narrow, wide, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(wide)
-        self.second = nn.Conv2d(wide, wide, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(wide)
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm2(self.second(F.relu(self.norm1(self.first(x)))))
-        short = x[:, :, :: self.stride, :: self.stride]
-        return F.relu(y + F.pad(short, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1])))
-
-
-def resnet20(examples: int = 8) -> Task:
-    """ResNet-20 for 32×32 images, 270k parameters, after a few steps on random images."""
-    torch.manual_seed(0)
-    widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
-    blocks = [Residual(a, b) for a, b in itertools.pairwise(widths)]
-    model = nn.Sequential(
-        nn.Conv2d(3, 16, 3, 1, 1, bias=False),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        *blocks,
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(64, 10),
-    )
-    return trained(model, [(torch.randn(examples, 3, 32, 32), torch.randint(0, 10, (examples,)))])
-
-
-class Tokens(nn.Module):
-    """A decoder with learnt positions."""
-
-    def __init__(self, vocabulary: int, width: int, depth: int, length: int) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(vocabulary, width)
-        self.position = nn.Embedding(length, width)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width, 4, 4 * width, 0.0, activation="gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(depth)
-        )
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocabulary, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        length = tokens.shape[1]
-        x = self.embed(tokens) + self.position(torch.arange(length, device=tokens.device))
-        mask = nn.Transformer.generate_square_subsequent_mask(length).to(x)
-        for layer in self.layers:
-            x = layer(x, src_mask=mask, is_causal=True)
-        return self.head(self.norm(x)).transpose(1, 2)  # type: ignore[no-any-return]
-
-
-def transformer(examples: int = 2, length: int = 32) -> Task:
-    """A decoder of 5M parameters after a few steps on random tokens."""
-    torch.manual_seed(0)
-    model = Tokens(vocabulary=1000, width=256, depth=6, length=length)
-    tokens = torch.randint(0, 1000, (examples, length + 1))
-    return trained(model, [(tokens[:, :-1], tokens[:, 1:])])
-
-
-def trained(model: nn.Module, data: list[tuple[Tensor, Tensor]], steps: int = 10) -> Task:
-    """The task after ``steps`` of Adam, so that it is no mere initialisation."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        F.cross_entropy(model(data[0][0]), data[0][1]).backward()
-        optimizer.step()
-    return Task(model, data, nn.CrossEntropyLoss(), name=type(model).__name__)
 
 
 def references(task: Task, names: list[str]) -> dict[str, dict[str, float]]:

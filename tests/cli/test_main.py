@@ -55,7 +55,17 @@ def options(command):
 
 
 def test_the_commands_are_these():
-    assert sorted(COMMANDS) == ["analyze", "demo", "diff", "init", "inspect", "show", "validate"]
+    assert sorted(COMMANDS) == [
+        "analyze",
+        "crosscheck",
+        "demo",
+        "diff",
+        "init",
+        "inspect",
+        "merge",
+        "show",
+        "validate",
+    ]
 
 
 def test_the_options_of_analyze_are_these():
@@ -64,7 +74,7 @@ def test_the_options_of_analyze_are_these():
         *("--curvature", "--exact-limit", "--steps", "--probes", "--density", "--tolerance"),
         *("--eigensolver", "--max-seconds", "--device", "--dtype", "--seed"),
         *("--batch-size", "--max-examples", "--weight-decay", "--damping", "--engine"),
-        *("--iterates", "--reference"),
+        *("--iterates", "--reference", "--shard"),
         *("--memory-budget", "--json", "--quiet", "-q", "--verbose", "-v", "--debug", "--data"),
     }
 
@@ -78,7 +88,7 @@ def test_the_options_of_inspect_and_diff_are_these():
     assert asked >= {
         *("--blocks", "--curvature", "--exact-limit", "--steps", "--probes", "--density"),
         *("--batch-size", "--max-examples", "--engine", "--memory-budget", "--dtype", "--device"),
-        *("--task", "--task-arg", "--data", "--trust"),
+        *("--task", "--task-arg", "--data", "--trust", "--shard"),
     }
 
 
@@ -88,7 +98,7 @@ def test_every_command_has_the_common_options_and_an_example(command):
     assert f"Example: hessdiag {command}" in " ".join(COMMANDS[command].help.split())
 
 
-@pytest.mark.parametrize("command", ["analyze", "show", "diff", "inspect", "demo", "validate"])
+@pytest.mark.parametrize("command", ["analyze", "show", "diff", "inspect", "demo", "merge", "validate"])
 def test_every_command_that_prints_results_has_json(command):
     assert "--json" in options(command)
 

@@ -47,6 +47,9 @@ def test_without_a_task_one_raises_and_the_other_returns_none(folder):
 )
 def test_a_run_is_called_like_its_file(name, output):
     assert default_output(Path(name)) == Path(output)
+    assert default_output(Path(name), "2/8") == Path(
+        f"{output.removesuffix('.h5')}.shard-2-of-8.h5"
+    )
 
 
 @pytest.mark.parametrize("name", ["checkpoint-500", "gpt-1.5b"])

@@ -217,7 +217,7 @@ def test_options_of_larger_blocks_reach_them():
 def test_power_iteration_stands_in_where_the_krylov_basis_does_not_fit():
     matrix = quadratics.turned(torch.linspace(1.0, 30.0, 30, dtype=DOUBLE))
     vector = 30 * 8
-    found = quadratics.analyse(matrix, exact_limit=0, memory_budget=34 * vector)
+    found = quadratics.analyse(matrix, exact_limit=0, memory_budget=19 * vector)
     assert found["method"] == "power"
     assert any("Krylov basis" in note for note in found["notes"])
     assert (

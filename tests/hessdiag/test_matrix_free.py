@@ -16,8 +16,10 @@ import quadratics
 from hessdiag.quantity import Quantity
 from hessdiag.run import HORIZONS
 from hessdiag.solve import Budget, fitted, solve_matrix_free
+from hessdiag_probes import Share, Storage
 
 DOUBLE = torch.float64
+SHARE = Share(0, 500, lambda part: part, lambda part: part)
 INSIDE = {"interval", "lower-bound", "upper-bound", "estimate", "unresolved", None}
 SPECTRA = {
     "spread": torch.linspace(1, 300, 300, dtype=DOUBLE),
@@ -292,8 +294,9 @@ def test_a_stage_that_runs_out_of_memory_costs_no_certificate_of_the_others():
         (99, False, 20, 59),
         (60, False, 20, 20),
         (45, False, 5, 5),
-        (44, True, 20, 34),
-        (30, True, 20, 20),
+        (44, False, 20, 24),
+        (25, False, 5, 5),
+        (24, True, 14, 14),
         (12, True, 0, 0),
     ],
 )
@@ -301,6 +304,46 @@ def test_a_budget_is_cut_to_what_fits_and_says_so(vectors, power, forecast, dens
     budget = fitted(Budget(density=60), 5000, number=8, free=vectors * 5000 * 8)
     assert (budget.power, budget.forecast, budget.density) == (power, forecast, density)
     assert bool(budget.reasons) == (vectors < 100)
+    assert budget.storage == Storage(dtype=torch.float32 if 25 <= vectors < 45 else None)
+
+
+@pytest.mark.parametrize(
+    ("memory", "storage", "changes"),
+    [
+        ({"host": 100 * 5000 * 8}, Storage(device="cpu"), 0),
+        ({"host": 99 * 5000 * 8}, Storage(device="cpu", dtype=torch.float32), 1),
+        ({"host": 24 * 5000 * 8}, Storage(), 1),
+        ({"share": SHARE, "ranks": 10}, Storage(share=SHARE), 1),
+        ({"share": SHARE, "ranks": 9}, Storage(), 1),
+    ],
+)
+def test_a_basis_moves_to_the_host_then_into_float32_then_over_the_ranks(memory, storage, changes):
+    budget = fitted(Budget(density=60), 5000, number=8, free=9 * 5000 * 8, **memory)
+    assert budget.storage == storage
+    assert budget.power == (storage == Storage())
+    assert (len(budget.reasons) > 0, len(budget.told) > 0) == (changes > 0, changes == 0)
+    assert budget.elsewhere.dtype is None
+
+
+def test_a_basis_of_float32_numbers_is_never_called_one():
+    budget = fitted(Budget(), 5000, number=4, free=30 * 5000 * 4)
+    assert budget.power
+    assert budget.storage == Storage()
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_every_field_holds_with_a_basis_in_float32(name):
+    spectrum = SPECTRA[name]
+    matrix = quadratics.turned(spectrum)
+    solved, _ = solve(matrix, storage=Storage(dtype=torch.float32))
+    values = solved.values
+    for field, right in (("lambda_max", spectrum.max()), ("lambda_min", spectrum.min())):
+        quantity = values[field]
+        assert quantity.low <= float(right) <= quantity.high, field
+    assert values["lambda_max"].high - values["lambda_max"].low <= 0.2 * float(spectrum.abs().max())
+    size = float(spectrum.square().sum()) ** 0.5
+    assert 0.8 * size <= values["frobenius"].value <= 1.2 * size
+    assert quadratics.complaints(values) == []
 
 
 def test_rounding_that_no_more_steps_can_narrow_is_named_as_the_cause():

@@ -22,7 +22,7 @@ def test_the_names_are_the_command_lines_with_underscores():
         "variants", "blocks", "curvature", "exact_limit", "steps", "probes", "density",
         "tolerance", "eigensolver", "max_seconds", "device", "dtype", "seed", "batch_size",
         "max_examples", "weight_decay", "damping", "engine", "memory_budget", "iterates",
-        "reference",
+        "reference", "shard",
     ]  # fmt: skip
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from hessdiag.curvature.ggn import ggn_product
 from hessdiag.curvature.hessian import BatchProduct, hessian_product
-from hessdiag.curvature.objective import Objective
+from hessdiag.curvature.objective import Objective, flatten, only, unflatten, zeros
 from hessdiag.errors import HessdiagError, SelfCheckFailed, is_out_of_memory
 from hessdiag.options import Curvature
 from hessdiag_probes.types import Vector
@@ -31,6 +31,63 @@ class Engine(Protocol):
         ...
 
 
+class Summed:
+    """An engine whose product is a sum over batches: of some it keeps what a product needs.
+
+    Attributes:
+        name: As ``--engine`` names it.
+        products: What is kept, and the batch's share of the mean.
+        rest: This rank's other batches, which are built again in each product.
+        tried: Seconds per product of this rank's part, by what was tried; empty where nothing was.
+    """
+
+    name = ""
+
+    def __init__(
+        self, objective: Objective, parameters: Sequence[nn.Parameter], build: BuildProduct
+    ) -> None:
+        self.objective = objective
+        self.parameters = list(parameters)
+        self.build = build
+        self.products: list[tuple[BatchProduct, float]] = []
+        self.rest: list[tuple[Any, float]] = []
+        self.tried: dict[str, float] = {}
+
+    @property
+    def record(self) -> str:
+        """The name for the provenance, with what else there is to say."""
+        return self.name
+
+    def __call__(self, vector: Vector, /) -> Vector:
+        """``C v`` over the dataset."""
+        return self.objective.summed(lambda: self.part(vector), vector)
+
+    def part(self, vector: Vector) -> Vector:
+        """Of this rank's batches; it talks to no other rank."""
+        pieces = unflatten(vector, self.parameters)
+        total: Vector | None = None
+        into: list[Tensor] = []
+        with only(self.parameters):
+            for product, share in self._each():
+                parts = run_product(product, pieces)
+                if total is None:
+                    total = flatten(parts)
+                    if share != 1:
+                        total *= share
+                    into = unflatten(total, self.parameters)
+                    continue
+                for sums, part in zip(into, parts, strict=True):
+                    sums.add_(part, alpha=share)
+        return zeros(self.parameters) if total is None else total
+
+    def _each(self) -> Iterator[tuple[BatchProduct, float]]:
+        yield from self.products
+        for batch, share in self.rest:
+            product = guarded(self.build, self.objective, batch, self.parameters)
+            if product is not None:
+                yield product, share
+
+
 def guarded(
     build: BuildProduct, objective: Objective, batch: Any, parameters: Sequence[nn.Parameter]
 ) -> BatchProduct | None:
@@ -42,7 +99,7 @@ def guarded(
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise SelfCheckFailed(_no_second_derivative(error)) from error
+        raise SelfCheckFailed(no_second_derivative(error)) from error
 
 
 def run_product(product: BatchProduct, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -52,12 +109,14 @@ def run_product(product: BatchProduct, pieces: Sequence[Tensor]) -> Sequence[Ten
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise SelfCheckFailed(_no_second_derivative(error)) from error
+        raise SelfCheckFailed(no_second_derivative(error)) from error
 
 
-def _no_second_derivative(error: Exception) -> str:
+def no_second_derivative(reason: object) -> str:
+    """What is wrong with a loss that has no second derivative, and what to do."""
     return (
-        f"the loss cannot be differentiated twice: {error}\n"
+        f"the loss cannot be differentiated twice: {reason}\n"
         "Replace the operation that has no double backward by plain torch operations (an eager "
-        "version of a fused kernel; non-reentrant activation checkpointing)."
+        "version of a fused kernel; non-reentrant activation checkpointing), or take products from "
+        "differences of gradients, which need no second derivative: --engine difference."
     )

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from torch import nn
 
 from hessdiag.curvature.engines.base import BUILD, Engine
-from hessdiag.curvature.engines.kept import Kept, graph_bytes
+from hessdiag.curvature.engines.difference import Difference
+from hessdiag.curvature.engines.kept import Kept
+from hessdiag.curvature.engines.linearized import Linearized
 from hessdiag.curvature.engines.recompute import Recompute
+from hessdiag.curvature.engines.trial import fastest
 from hessdiag.curvature.objective import Objective
 from hessdiag.memory import free_memory
 from hessdiag.options import Curvature, EngineName
@@ -21,18 +24,37 @@ def make_engine(
     curvature: Curvature,
     engine: EngineName = "auto",
     memory_budget: int | None = None,
+    products: int = 0,
 ) -> Engine:
-    """The engine asked for; ``auto`` keeps the graphs when they fit the memory budget.
+    """The engine asked for; ``auto`` takes the fastest of those that fit the memory budget.
 
+    Args:
+        objective: Whose loss is differentiated.
+        parameters: Of the block.
+        curvature: Of what matrix the products are.
+        engine: As ``--engine`` names it.
+        memory_budget: Bytes for what is kept; None takes half of what is free.
+        products: How many are expected, about: what trying engines may cost depends on it.
+    Raises:
+        SelfCheckFailed: The engine asked for cannot work on this model.
     Cost:
-        ``auto`` measures the graph of the largest batch: one forward and backward.
+        One or two graphs are measured, a forward and a backward each, before those that fit are
+        built; ``auto`` spends up to a tenth of the expected time on trying engines.
     """
+    if engine == "difference":
+        return Difference(objective, parameters)
     build = BUILD[curvature]
-    if engine == "auto":
+    if engine == "recompute":
+        return Recompute(objective, parameters, build)
+    budget = memory_budget
+    if budget is None:
         device = parameters[0].device
-        budget = free_memory(device) // 2 if memory_budget is None else memory_budget
-        needed = graph_bytes(objective, parameters, build)
-        engine = "kept" if needed <= budget else "recompute"
+        budget = objective.group.share_of(free_memory(device) // 2, device=device.type)
+    if engine == "linearized":
+        return Linearized(objective, parameters, build, budget=budget)
+    kept = Kept(objective, parameters, build, budget=budget)
     if engine == "kept":
-        return Kept(objective, parameters, build)
-    return Recompute(objective, parameters, build)
+        return kept
+    if kept.rest and not kept.products:
+        return Recompute(objective, parameters, build)
+    return fastest(kept, products, budget)

@@ -1,0 +1,154 @@
+"""Which way of computing a block's products is the fastest, by trying a few."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from hessdiag.curvature.engines.kept import Kept
+from hessdiag.curvature.engines.linearized import (
+    SPARE,
+    WEIGHT,
+    CannotLinearize,
+    Linearized,
+    Played,
+    Reference,
+    Route,
+    linearized,
+    routes,
+)
+from hessdiag.curvature.objective import only
+
+T = TypeVar("T")
+
+SHARE = 0.1
+"""Of the expected time of a block's products: what trying may cost."""
+GAIN = 0.95
+"""Of the time of kept graphs: what takes more is not worth a change."""
+LEAST = 5
+"""Products that a trial takes at the least."""
+OVERHEAD = (6.0, 0.2)
+"""Recording costs six products more at most, where operations are tiny, and some 0.2 s."""
+FORWARD = 3.0
+"""Recording by forward mode, in units of recording a double backward."""
+COMPILING = 1.5
+"""Seconds that torch takes to compile its forward-mode formulas, once in a process."""
+FORMULAS = "torch._decomp.decompositions_for_jvp"
+"""The module that is there when they were."""
+
+
+def fastest(kept: Kept, products: int, budget: int) -> Kept:
+    """What computes the products of a block in the least time, trying included.
+
+    Args:
+        kept: Graphs of as many batches as fit.
+        products: How many are expected.
+        budget: Bytes for what is kept.
+    Returns:
+        ``kept``, or what took the place of its graphs; ``tried`` tells the seconds per product of
+        this rank's kept batches, extrapolated from the first of them.
+    Cost:
+        At most a tenth of the expected time, as far as that can be known before; it talks to no
+        other rank.
+    """
+    count = len(kept.products)
+    trial = _Trial(kept, products)
+    if not count or LEAST > SHARE * products:
+        return kept
+    with only(kept.parameters):
+        trial.begin()
+        for route in reversed(routes(kept.build)):
+            if WEIGHT * kept.held + SPARE[route] * kept.largest <= budget:
+                trial.attempt(route)
+        engine = trial.winner()
+    engine.tried = {name: seconds * count for name, seconds in trial.seconds.items()}
+    return engine
+
+
+class _Trial:
+    """Candidates on the first batch, and what was spent on them.
+
+    Attributes:
+        seconds: Per product with that batch, by candidate.
+        spent: Seconds.
+        record: Of recording the double backward; None before.
+    """
+
+    def __init__(self, kept: Kept, products: int) -> None:
+        self.kept = kept
+        self.count = len(kept.products)
+        self.products = products
+        self.seconds: dict[str, float] = {}
+        self.played: dict[Route, Played] = {}
+        self.spent = 0.0
+        self.record: float | None = None
+
+    def recording(self, product: float) -> float:
+        """Seconds that recording may take, of a product of ``product`` seconds."""
+        return product + min(OVERHEAD[0] * product, OVERHEAD[1])
+
+    def begin(self) -> None:
+        """Time the kept graph, whose product is what the others are compared with."""
+        product, _ = self.kept.products[0]
+        parameters = self.kept.parameters
+        _, first = self._timed(lambda: Reference.of(product, parameters))
+        self.reference, second = self._timed(lambda: Reference.of(product, parameters))
+        self.seconds["kept"] = min(first, second)
+
+    def attempt(self, route: Route) -> None:
+        """Record the first batch, if that can pay, and time it."""
+        usual = self.seconds["kept"]
+        if self.record is None:
+            each = self.recording(usual)
+            once = 0.0
+        else:
+            each = FORWARD * self.record
+            once = 0.0 if FORMULAS in sys.modules else COMPILING
+        # The other batches are recorded too, each after a product to compare it with.
+        needed = self.spent + once + self.count * (each + 2 * usual)
+        if needed > SHARE * self.products * usual * self.count:
+            return
+        kept = self.kept
+        try:
+            played, taken = self._timed(
+                lambda: linearized(
+                    kept.objective, kept.batches[0], kept.parameters, self.reference, route
+                )
+            )
+        except CannotLinearize:
+            return
+        if route == "reverse":
+            self.record = taken
+        self.played[route] = played
+        _, self.seconds[f"linearized, {route}"] = self._timed(lambda: played(self.reference.pieces))
+
+    def winner(self) -> Kept:
+        """The fastest candidate, with all batches."""
+        usual = self.seconds["kept"]
+        best: Route | None = None
+        for route in self.played:
+            seconds = self.seconds[f"linearized, {route}"]
+            if seconds < min(GAIN * usual, self.seconds.get(f"linearized, {best}", usual)):
+                best = route
+        if best is None:
+            return self.kept
+        try:
+            return Linearized.of(self.kept, self.played.pop(best))
+        except CannotLinearize:
+            return self.kept
+
+    def _timed(self, work: Callable[[], T]) -> tuple[T, float]:
+        device = self.kept.parameters[0].device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        result = work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken = time.perf_counter() - started
+        self.spent += taken
+        return result, taken
