@@ -1,5 +1,7 @@
-"""The curvature of one layer of a model that FSDP2 shards: gradients of the sharded model, and
-their differences in place of second derivatives, which sharded parameters do not have.
+"""The curvature of one layer of a model that FSDP2 shards.
+
+Gradients are those of the sharded model. Their differences stand in for second derivatives, which
+sharded parameters do not have:
 
     torchrun --nproc-per-node 2 examples/sharded_model.py
 
@@ -28,6 +30,7 @@ class ShardedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, block: ShardedBlock, batch: Any, *values: Tensor) -> Tensor:
+        """The loss with the chosen parameters at ``values``; keeps their gradients."""
         for parameter, value in zip(block.chosen, values, strict=True):
             shard = distribute_tensor(value.detach(), parameter.device_mesh, parameter.placements)
             parameter.data.to_local().copy_(shard.to_local())
@@ -41,6 +44,7 @@ class ShardedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients that the forward has found."""
         return (None, None, *(scale * gradient for gradient in ctx.gradients))
 
 
@@ -62,10 +66,12 @@ class ShardedBlock(nn.Module):
         self.values = nn.ParameterList([p.full_tensor().detach().clone() for p in self.chosen])
 
     def forward(self, batch: Any) -> Tensor:
+        """The loss of the batch."""
         return ShardedLoss.apply(self, batch, *self.values)
 
 
 def main() -> None:
+    """Analyse one layer of a small model that is sharded over all processes."""
     dist.init_process_group("gloo")  # "nccl" with a GPU per process
     torch.manual_seed(0)  # the same model and data in every process
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))

@@ -6,7 +6,7 @@ import gc
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
@@ -125,7 +125,7 @@ def _not_assembled(_: Network, now: Relief) -> Relief | None:
 
 
 def _smaller_basis(network: Network, now: Relief) -> Relief | None:
-    step = "float32" if now.basis is None else "power"
+    step: Literal["float32", "power"] = "float32" if now.basis is None else "power"
     if now.basis == "power" or network.options.eigensolver == "power":
         return None
     if step == "float32" and network.dtype == torch.float32:

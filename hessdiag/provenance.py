@@ -21,7 +21,7 @@ def environment(
     timings: Mapping[str, float],
     failed: list[str],
 ) -> dict[str, Any]:
-    """Versions, device, global switches, self-checks, engines, what was tried and seconds per block."""
+    """Versions, device, global switches, self-checks, engines (also tried ones), seconds."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

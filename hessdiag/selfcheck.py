@@ -390,6 +390,7 @@ def _asymmetry_message(subject: _Subject, check: Check) -> str:
         if any("weight_norm" in name for name in culprits):
             message += (
                 ": torch's weight_norm has a wrong double backward. Write w = g·v/|v| by hand in "
-                "the module, or remove the weight norm, or use --curvature ggn"
+                "the module, or remove the weight norm, or use --curvature ggn or "
+                "--engine difference"
             )
     return message

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hessdiag.errors import OptionError
 from hessdiag.run import Run
 
-WRITTEN = re.compile(r"\s*([0-9]{1,6})\s*/\s*([0-9]{1,6})\s*", re.ASCII)
+WRITTEN = re.compile(r"\s*([0-9]{1,6})\s*/\s*([0-9]{1,6})\s*")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -115,7 +114,7 @@ def _verify(
     apart = difference(matrix, network, parameters)(vector)
     wrong, seen = apart.abs(), (matrix @ vector.to(matrix) - apart).abs()
     noise = error(vector).abs().to(matrix)
-    eps = cast("float", torch.finfo(like.dtype).eps)
+    eps = torch.finfo(like.dtype).eps
     allowed = ROUNDING * eps * float(seen.norm()) + ROW_FACTOR * float(noise.norm())
     if not float(wrong.norm()) <= allowed:
         raise NotStructured("its weights act in other ways, too")

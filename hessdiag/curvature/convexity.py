@@ -35,6 +35,7 @@ CONVEX_OF_AFFINE = frozenset(
     {
         *("MseLossBackward0", "SmoothL1LossBackward0", "HuberLossBackward0", "AbsBackward0"),
         *("BinaryCrossEntropyWithLogitsBackward0", "SoftMarginLossBackward0"),
+        "LargeCrossEntropyBackward",
     }
 )
 OF_CONSTANT_TARGET = frozenset({"BinaryCrossEntropyWithLogitsBackward0", "SoftMarginLossBackward0"})
@@ -98,8 +99,6 @@ def _kind(node: Any, kinds: Kinds) -> int | None:
         return _times(-1.0, known)
     if name == "LogSoftmaxBackward0":
         return CONCAVE if known == AFFINE else None
-    if name == "LargeCrossEntropyBackward":
-        return CONVEX if known == AFFINE and node.convex else None
     if name in LIKELIHOOD:
         return _times(-1.0, known) if _nonnegative(node, "_saved_weight") else None
     if name == "PowBackward0":
@@ -110,6 +109,7 @@ def _kind(node: Any, kinds: Kinds) -> int | None:
         return None  # x t is neither convex nor concave where both are outputs
     if name in CONVEX_OF_AFFINE and known == AFFINE:
         weighted = all(_nonnegative(node, w) for w in ("_saved_weight", "_saved_pos_weight"))
+        weighted &= getattr(node, "convex", True)  # our own cross-entropy says so itself
         return CONVEX if weighted and _probabilities(node) else None
     if name in CONVEX_AND_INCREASING:
         if float(getattr(node, "_saved_beta", 1.0)) <= 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from hessdiag.distributed.group import Alone, Ended, Group
 from hessdiag.distributed.joined import Joined
-from hessdiag.distributed.torch_transport import TorchTransport
+from hessdiag.distributed.torch_transport import CURRENT, TorchTransport
 from hessdiag.errors import InputError
 from hessdiag.launched import launched
 
@@ -47,13 +48,12 @@ def joined(device: str = "auto", *, timeout: timedelta = TIMEOUT) -> Iterator[Gr
     if on_gpu:
         _take_gpu()
     backend = "nccl" if on_gpu else "gloo"
-    ours = not dist.is_initialized()
-    if ours:
+    if not dist.is_initialized():
+        # Once per process: a second store at the same address would hold the first one's keys.
         dist.init_process_group(backend, timeout=timeout)
-        process_group = None
-    else:
-        # Collectives of the user's own that are under way are not to meet ours.
-        process_group = dist.new_group(backend=backend, timeout=timeout)
+        atexit.register(_leave_quietly)
+    # A group of our own: collectives of the user's that are under way must not meet ours.
+    process_group = dist.new_group(backend=backend, timeout=timeout)
     transport = TorchTransport(process_group)
     group = Joined(transport)
     try:
@@ -63,12 +63,18 @@ def joined(device: str = "auto", *, timeout: timedelta = TIMEOUT) -> Iterator[Gr
         transport.leave()
         raise _with_notes(ended) from ended
     except Exception:
-        dist.destroy_process_group(process_group)
+        transport.close()
         raise
     except BaseException:
         transport.leave()
         raise
-    dist.destroy_process_group(process_group)
+    transport.close()
+
+
+def _leave_quietly() -> None:
+    """Destroy what is left at the end of the process; not if ranks are lost, which may hang."""
+    if dist.is_initialized() and not CURRENT:
+        dist.destroy_process_group()
 
 
 def _inside(group: Joined) -> Iterator[Group]:

@@ -46,7 +46,7 @@ class TorchTransport:
         peers: All ranks.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
@@ -69,7 +69,7 @@ class TorchTransport:
     def from_first(self, item: Any) -> Any:
         """The item of rank 0."""
         held = [item]
-        source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
+        source = dist.get_global_rank(self.group, 0)
         _carried(lambda: dist.broadcast_object_list(held, src=source, group=self.group))
         return held[0]
 
@@ -84,6 +84,11 @@ class TorchTransport:
         """Leave word that this rank ends of its own accord."""
         with suppress(Exception):  # the store may be gone with the rank that held it
             _store().set(f"{LEFT}/{self.rank}", "1")
+
+    def close(self) -> None:
+        """Free the group, once no rank needs another any more."""
+        CURRENT.clear()
+        dist.destroy_process_group(self.group)
 
     def gone(self) -> dict[int, bool]:
         """Ranks that have ended, or left word that they do; True where they left none.

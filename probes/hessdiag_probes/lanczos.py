@@ -320,7 +320,8 @@ class _Run:
 
 def _norm(vector: Vector) -> Tensor:
     """The 2-norm in float64, left on the device."""
-    return torch.linalg.vector_norm(vector, dtype=torch.float64)
+    size: Tensor = torch.linalg.vector_norm(vector, dtype=torch.float64)
+    return size
 
 
 def _ritz(

@@ -134,4 +134,5 @@ def unit(vector: Vector) -> Vector:
     tiny = torch.finfo(vector.dtype).tiny
     shrunk = vector / vector.abs().amax().clamp(min=tiny)
     size = torch.linalg.vector_norm(shrunk, dtype=torch.float64)
-    return shrunk / size.clamp(min=tiny)
+    direction: Vector = shrunk / size.clamp(min=tiny)
+    return direction

@@ -19,6 +19,7 @@ from peers import (
     SURE,
     Curvlinops,
     Ours,
+    OursJoined,
     Peer,
     PyHessian,
     PyHessianJoined,
@@ -190,9 +191,7 @@ class _Case:
     def _tops(self) -> dict[str, Any]:
         self.report("λ_max")
         self.stops = _stops(self.truth, self.subject.size, small=self.small)
-        chosen: dict[str, float] = {}
-        first: dict[str, float] = {}
-        found: dict[str, Any] = {}
+        chosen, first, found = {}, {}, {}
         for name, peer in self._measured().items():
             settings = peer.settings
             if isinstance(peer, PyHessian):
@@ -303,15 +302,15 @@ class _Case:
 
     def _measured(self) -> dict[str, Peer]:
         """All but what only its product is measured of."""
-        return {n: p for n, p in self.peers.items() if not isinstance(p, PyHessianJoined)}
+        joined = (OursJoined, PyHessianJoined)
+        return {n: p for n, p in self.peers.items() if not isinstance(p, joined)}
 
     def _interleaved(
         self, calls: Mapping[str, Callable[[], Any]], *, least: int, seconds: float
     ) -> dict[str, Timed]:
         """The best time of each, in turns A B A B; the last answer."""
         best: dict[str, Timed] = {}
-        spent = 0.0
-        rounds = 0
+        spent, rounds = 0.0, 0
         while rounds < least or (spent < seconds and rounds < 10 * least):
             for name, call in calls.items():
                 with only(self.subject.parameters):

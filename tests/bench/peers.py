@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -162,6 +162,17 @@ class Ours(Peer):
             generator=generator(next(self.seed), "density"),
         )
         return Density(found.rule.node.numpy(), found.rule.weight.numpy(), found.matvecs)
+
+
+class OursJoined(Ours):
+    """On all rows as one batch, as ``--batch-size`` joins them; only its product is measured."""
+
+    def __init__(self, subject: Subject) -> None:
+        objective = subject.objective
+        rows = tuple(torch.cat(parts) for parts in zip(*subject.batches, strict=True))
+        joined = replace(objective.batches, items=(rows,), shares=(1.0,))
+        super().__init__(replace(subject, objective=replace(objective, batches=joined)))
+        self.label += ", all rows as one batch"
 
 
 class PyHessian(Peer):
@@ -330,6 +341,7 @@ NEEDS = {
     PyHessian: "pyhessian",
     Curvlinops: "curvlinops",
     Eigenthings: "hessian_eigenthings",
+    OursJoined: "hessdiag",
     PyHessianJoined: "pyhessian",
 }
 """What each is imported from, in the order of the tables."""

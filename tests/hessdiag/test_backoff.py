@@ -330,13 +330,14 @@ class Flat(nn.Module):
         super().__init__()
         self.p = nn.Parameter(torch.ones(n, dtype=torch.float64))
         self.register_buffer("d", torch.linspace(1, 2, n, dtype=torch.float64))
-task = Task(Flat(1_000_000), [torch.zeros(1, 1)], lambda m, _: 0.5 * (m.d * m.p * m.p).sum())
+task = Task(Flat(300_000), [torch.zeros(1, 1)], lambda m, _: 0.5 * (m.d * m.p * m.p).sum())
 analyze(task, blocks="whole", steps=5, probes=2)
 with open("/proc/self/statm") as pages:
     now = int(pages.read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (now + 400 * 2**20, resource.RLIM_INFINITY))
-found = analyze(task, blocks="whole", steps=60, probes=2, tolerance=1e-12)["whole"].variants["raw"]
-print(found["skipped"], found["method"], found["lambda_max"].low <= 2 <= found["lambda_max"].high)
+resource.setrlimit(resource.RLIMIT_AS, (now + 330 * 2**20, resource.RLIM_INFINITY))
+found = analyze(task, blocks="whole", steps=150, probes=2, tolerance=1e-12)["whole"].variants["raw"]
+top = found["lambda_max"]
+print(found["skipped"], found["method"], top.value and top.low <= 2 <= top.high)
 print(*found["notes"], sep="\\n")
 """
 
@@ -349,5 +350,6 @@ def test_a_process_that_really_lacks_memory_goes_on_with_less():
     )
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.splitlines()
-    assert lines[0] == "None lanczos True"
-    assert any("out of memory: the Krylov basis is kept in float32" in line for line in lines)
+    assert lines[0] in ("None lanczos True", "None power True")
+    words = ("the Krylov basis is kept in float32", "power iteration, which keeps no Krylov basis")
+    assert any(f"out of memory: {word}" in line for word in words for line in lines)

@@ -89,6 +89,7 @@ def test_every_value_is_measured_against_the_dense_hessian(networks):
         "trace": float(matrix.trace()),
     }
     found = crosscheck(networks.make("tanh").task)
+    assert found.options.steps == 100  # as PyHessian's maxIter
     for quantity, methods in METHODS.items():
         entries = by_method(found, quantity)
         assert list(entries) == methods

@@ -93,13 +93,24 @@ def test_files_of_shards_are_valid_and_so_is_what_they_make_up(whole, tmp_path):
 
 
 def test_every_shard_stays_known_with_its_machine_and_a_warning_stands_once(whole):
-    run = merged(parts_of(whole, TWO))
+    run = merged(parts_of(whole, TWO)[::-1])
     assert run.provenance.warnings == ["demo text, not your data", "of shard 1", "of shard 2"]
     origins = run.provenance.environment["shards"]
     assert [(o["file"], o["shard"], o["threads"], o["blocks"]) for o in origins] == [
         ("run.shard-1-of-2.h5", "1/2", 1, ["whole"]),
         ("run.shard-2-of-2.h5", "2/2", 2, ["0", "2"]),
     ]
+
+
+def test_layers_stand_in_their_order_whichever_shard_explained_them(whole):
+    first, second = parts_of(whole, TWO)
+    near, far = whole.hidden["raw"]
+    assert near.index < far.index
+    sources = [
+        Source(source.path, replace(source.run, hidden={"raw": (found,)}))
+        for source, found in ((first, far), (second, near))
+    ]
+    assert merged(sources).hidden["raw"] == (near, far)
 
 
 def test_a_shard_without_any_row_says_so_and_one_with_some_says_how_many(whole):

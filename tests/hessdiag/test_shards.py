@@ -52,6 +52,9 @@ def test_shards_are_the_analysis_in_one_piece(mixed):
     names = [[block.name for block in open_run(path).blocks] for path in paths]
     assert sorted(itertools.chain(*names)) == ["0", "2", "whole"]
     assert [] in names
+    for path, own in zip(paths, names, strict=True):
+        explained = open_run(path).hidden.values()
+        assert {layer.layer for layers in explained for layer in layers} == {*own} - {"whole"}
     merged = merge_runs(paths)
     assert departures(run, merged, EQUAL, SECONDS) == []
     assert merged.provenance.fingerprint == run.provenance.fingerprint

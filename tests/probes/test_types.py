@@ -10,6 +10,7 @@ from hessdiag_probes import Breakdown, CountedMatvec
 def test_the_exported_names_are_these():
     assert hessdiag_probes.__all__ == [
         "Assembled",
+        "Basis",
         "Breakdown",
         "CountedMatvec",
         "Density",
@@ -26,8 +27,10 @@ def test_the_exported_names_are_these():
         "Quantile",
         "Ritz",
         "Rule",
+        "Share",
         "Span",
         "Spectrum",
+        "Storage",
         "Tridiagonal",
         "Vector",
         "assemble",

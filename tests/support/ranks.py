@@ -48,10 +48,13 @@ def start(size: int, *command: str, cwd: Path, **more: str) -> list[subprocess.P
 def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of each rank, the latter without the frame of a panel."""
     found = []
-    for process in processes:
-        with process:
+    try:
+        for process in processes:
             out, err = process.communicate(timeout=120)
-        found.append((process.returncode, out, " ".join(err.replace("│", " ").split())))
+            found.append((process.returncode, out, " ".join(err.replace("│", " ").split())))
+    finally:
+        for process in processes:  # ranks that wait for each other would do so for ever
+            process.kill()
     return found
 
 

@@ -57,7 +57,7 @@ def fastest(kept: Kept, products: int, budget: int) -> Kept:
     """
     count = len(kept.products)
     trial = _Trial(kept, products)
-    if not count or LEAST > SHARE * products:
+    if not count or SHARE * products < LEAST:
         return kept
     with only(kept.parameters):
         trial.begin()

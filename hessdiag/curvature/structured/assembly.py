@@ -209,8 +209,8 @@ def _check_samples(graph: BatchGraph, place: int) -> None:
     for both, signed in zip(together.bent + together.moved, apart.bent + apart.moved, strict=True):
         if both is None or signed is None:
             continue
-        both, signed = both.reshape(graph.samples, -1), signed.reshape(graph.samples, -1)
-        wrong = float((both - signed * sign[:, None]).norm())
+        turned = signed.reshape(graph.samples, -1) * sign[:, None]
+        wrong = float((both.reshape(graph.samples, -1) - turned).norm())
         if wrong > agreement * float(both.norm() + signed.norm()):
             raise NotStructured("the loss of a sample depends on other samples")
 

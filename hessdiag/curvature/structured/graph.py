@@ -59,8 +59,9 @@ def offsets(sites: Sequence[Site]) -> Iterator[Offsets]:
     found = Offsets({id(site.layer.module): place for place, site in enumerate(sites)})
     handles = []
     try:
-        for site in sites:
-            handles.append(site.layer.module.register_forward_hook(found.hook, with_kwargs=True))
+        handles += [
+            site.layer.module.register_forward_hook(found.hook, with_kwargs=True) for site in sites
+        ]
         yield found
     finally:
         for handle in handles:
@@ -147,14 +148,13 @@ class BatchGraph:
 
     def direction(self, site: int, seed: Tensor) -> Direction:
         """The derivatives along an offset of one site, like its output."""
-        count = len(self.sites)
+        bent: list[Tensor | None] = [None] * len(self.sites)
+        moved: list[Tensor | None] = [None] * len(self.sites)
         if self._product is not None:
             pieces = [torch.zeros_like(part) for part in self.made.added]
             pieces[site] = seed
-            found: list[Tensor | None] = list(self._product(pieces))
-            return Direction([None] * site + found[site:], [None] * count)
-        bent: list[Tensor | None] = [None] * count
-        moved: list[Tensor | None] = [None] * count
+            bent[site:] = self._product(pieces)[site:]
+            return Direction(bent, moved)
         gradient = self._gradient[site]
         if gradient.requires_grad:
             bent[site:] = torch.autograd.grad(

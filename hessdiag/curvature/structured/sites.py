@@ -157,42 +157,55 @@ def _site(layer: Layer, places: dict[int, Tensor], positions: int) -> Site:
     return Site(layer, id(weight) in places, has_bias, torch.cat(parts, dim=1), positions)
 
 
-def _seen(objective: Objective, layers: Sequence[Layer]) -> list[tuple[Layer, int]]:
-    """Layers that every batch calls exactly once, in the order of the calls, and positions."""
-    if not layers:
-        return []
-    order: dict[int, Layer] = {}
-    positions: dict[int, int] = {}
-    unfit: set[int] = set()
-    for batch, _ in objective:
-        samples, calls = row_count(batch), dict.fromkeys(map(id, layers), 0)
-        handles = []
-        for layer in layers:
+class _Calls:
+    """How often a forward pass calls each of some layers, and with how many positions.
 
-            def seen(
-                _module: nn.Module,
-                _args: Any,
-                output: Any,
-                layer: Layer = layer,
-                samples: int = samples,
-                calls: dict[int, int] = calls,
-            ) -> None:
-                calls[id(layer)] += 1
-                order.setdefault(id(layer), layer)
-                found = _positions(layer, output, samples)
-                if found is None:
-                    unfit.add(id(layer))
-                else:
-                    positions[id(layer)] = max(positions.get(id(layer), 0), found)
+    Attributes:
+        order: The layers, in the order in which they were first called.
+        positions: Per sample, at most, by layer.
+        unfit: Those that are not called once by every batch, or not sample by sample.
+    """
 
-            handles.append(layer.module.register_forward_hook(seen))
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = {id(layer.module): layer for layer in layers}
+        self.order: dict[int, Layer] = {}
+        self.positions: dict[int, int] = {}
+        self.unfit: set[int] = set()
+        self.samples = 0
+        self.calls: dict[int, int] = {}
+
+    def hook(self, module: nn.Module, _args: Any, output: Any) -> None:
+        """Of a layer's forward."""
+        key = id(module)
+        self.calls[key] += 1
+        self.order.setdefault(key, self.layers[key])
+        found = _positions(self.layers[key], output, self.samples)
+        if found is None:
+            self.unfit.add(key)
+        else:
+            self.positions[key] = max(self.positions.get(key, 0), found)
+
+    def watch(self, objective: Objective, batch: Any) -> None:
+        """One forward pass."""
+        self.samples, self.calls = row_count(batch), dict.fromkeys(self.layers, 0)
+        handles = [layer.module.register_forward_hook(self.hook) for layer in self.layers.values()]
         try:
             objective.evaluate(batch)
         finally:
             for handle in handles:
                 handle.remove()
-        unfit |= {key for key, count in calls.items() if count != 1}
-    return [(layer, positions[key]) for key, layer in order.items() if key not in unfit]
+        self.unfit |= {key for key, count in self.calls.items() if count != 1}
+
+
+def _seen(objective: Objective, layers: Sequence[Layer]) -> list[tuple[Layer, int]]:
+    """Layers that every batch calls exactly once, in the order of the calls, and positions."""
+    if not layers:
+        return []
+    calls = _Calls(layers)
+    for batch, _ in objective:
+        calls.watch(objective, batch)
+    known = calls.positions
+    return [(layer, known[key]) for key, layer in calls.order.items() if key not in calls.unfit]
 
 
 def _positions(layer: Layer, output: Any, samples: int) -> int | None:

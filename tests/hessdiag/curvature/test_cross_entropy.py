@@ -32,6 +32,7 @@ CASES = {
     "none": (LABELS, {"reduction": "none"}),
     "ignored": (IGNORED, {}),
     "another is ignored": (LABELS, {"ignore_index": 3}),
+    "one beyond all is ignored": (LABELS.where(LABELS != 3, 255), {"ignore_index": 255}),
     "weights": (LABELS, {"weight": WEIGHTS}),
     "smoothed": (LABELS, {"label_smoothing": 0.3}),
     "smoothed sum": (IGNORED, SOME | {"reduction": "sum"}),
@@ -113,7 +114,9 @@ def test_value_gradient_and_hessian_are_those_of_the_definition_and_of_torch(cas
     assert_close(found, derivatives(lambda z: F.cross_entropy(z, labels, **options), scores()))
 
 
-@pytest.mark.parametrize("options", [{}, SOME, {"reduction": "none"}], ids=["plain", "some", "none"])
+@pytest.mark.parametrize(
+    "options", [{}, SOME, {"reduction": "none"}], ids=["plain", "some", "none"]
+)
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2)], ids=["packed", "strided"])
 def test_classes_may_stand_before_other_dimensions(order, options):
     torch.manual_seed(1)
@@ -229,6 +232,8 @@ def test_wrong_calls_are_refused_in_torchs_words():
         F.cross_entropy(scores(), LABELS[:3])
     with counted(), pytest.raises(RuntimeError, match="label_smoothing must be between"):
         F.cross_entropy(scores(), LABELS, label_smoothing=1.5)
+    with counted(), pytest.raises(RuntimeError, match="expected scalar type Long"):
+        F.cross_entropy(scores(), LABELS.int())
     with counted(), pytest.raises((RuntimeError, IndexError), match="out of bounds"):
         F.cross_entropy(scores(), LABELS + 1)
 

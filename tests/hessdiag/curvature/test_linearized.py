@@ -84,8 +84,7 @@ def test_rounding_noise_in_place_of_a_hessian_is_no_disagreement(networks):
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
     task = networks.regression(model, networks.pairs(3, sizes=(6, 5)), mode="train").task
     with networks.lent(task) as (objective, named):
-        engine = make_engine(objective, [named["0.bias"]], curvature="hessian", engine="linearized")
-        assert engine.name == "linearized"
+        engine = played(objective, [named["0.bias"]], "hessian", "forward")
         assert float(engine(torch.ones(4, dtype=torch.float64)).norm()) < 1e-14
 
 

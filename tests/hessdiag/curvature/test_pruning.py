@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -77,5 +79,5 @@ def test_the_graph_of_a_layer_holds_nothing_of_the_layers_below(networks, curvat
         layers = [parameters[2 * i : 2 * i + 2] for i in range(LAYERS)]
         sizes = [graph_bytes(objective, layer, BUILD[curvature]) for layer in layers]
     assert sizes[-1] < 0.1 * sizes[0]
-    steps = [low - high for low, high in zip(sizes, sizes[1:], strict=False)]
+    steps = [low - high for low, high in pairwise(sizes)]
     assert min(steps[1:-2]) > 0  # each layer higher up, some activations fewer

@@ -272,7 +272,7 @@ def test_a_loss_without_second_derivative_is_told(eager):
         def backward(ctx, grad):
             return 2 * grad * ctx.saved_tensors[0]
 
-    case = Case(nn.Linear(3, 2), pairs(3, sizes=(5,)), lambda m, b: Once.apply(m(b[0])), [5.0])
+    case = Case(nn.Linear(3, 2), pairs(3, sizes=(5,)), lambda m, b: Once.apply(m(b[0])) ** 2, [5.0])
     case.trainable = ["weight", "bias"]
     with pytest.raises(NotStructured, match="once_differentiable"):
         by_structure(case)
