@@ -51,7 +51,12 @@ class BlockHessian:
             self.engine_name = "cut from whole"
             return lambda v: (cut @ v.to(cut)).to(v)
         network = self.network
-        engine = network.engine(network.objective, self.parameters, products=self._expected())
+        engine = network.engine(
+            network.objective,
+            self.parameters,
+            products=self._expected(),
+            columns=network.is_exact(self.block) and self._plan is None,
+        )
         self.engine_name = engine.name
         if isinstance(engine, Summed):
             self.engine_name, self.tried = engine.record, engine.tried
@@ -79,15 +84,25 @@ class BlockHessian:
             return structured
         like, size = self.parameters[0], self.block.size
         engine = self.product
-        watched = self.network.watched(engine, self.row.name, self.row.step, size)
+        watched = self._watched(engine)
         if isinstance(engine, Difference):
-            made = assemble_differences(self.network.timed(watched), engine, size)
+            made = assemble_differences(watched, engine, size)
             self.products, self._errors = size, made.errors
             self.__dict__["product"] = lambda v: (made.matrix @ v.to(made.matrix)).to(v)
             if self.block.name == WHOLE:
                 self.network.take_matrix(self.block, made.matrix, made.errors)
             return made.matrix
-        found = assemble(self.network.timed(watched), size, dtype=like.dtype, device=like.device)
+        chunk = 1
+        if isinstance(engine, Summed):
+            chunk = engine.chunk(size)
+            watched = watched if chunk == 1 else self._watched(engine.many)
+        found = assemble(
+            watched,
+            size,
+            dtype=like.dtype,
+            device=like.device,
+            chunk=chunk,
+        )
         self.products = found.matvecs
         # The dense solves need the memory that the kept graphs hold.
         matrix = found.matrix
@@ -95,6 +110,11 @@ class BlockHessian:
         if self.block.name == WHOLE:
             self.network.take_matrix(self.block, matrix)
         return matrix
+
+    def _watched(self, product: Matvec) -> Matvec:
+        """``product`` as it makes the columns of the matrix: told, and until the deadline."""
+        network, row = self.network, self.row
+        return network.timed(network.watched(product, row.name, row.step, self.block.size))
 
     def _by_structure(self) -> Tensor | None:
         """H by the structure of its layers, where that is quicker and its own matrix; else None."""

@@ -183,11 +183,16 @@ class Network:
         return timed
 
     def engine(
-        self, objective: Objective, parameters: list[nn.Parameter], *, products: int = 0
+        self,
+        objective: Objective,
+        parameters: list[nn.Parameter],
+        *,
+        products: int = 0,
+        columns: bool = False,
     ) -> Engine:
         """How products of these parameters are computed, of which about ``products`` are to come.
 
-        Other engines are tried where enough of them are.
+        Other engines are tried where enough of them are; ``columns`` are asked for several at once.
         """
         asked = self.options.engine
         recompute = self.relief.recompute and asked != "difference"
@@ -199,6 +204,7 @@ class Network:
                 engine="recompute" if recompute else asked,
                 memory_budget=self.options.memory_budget,
                 products=products,
+                columns=columns,
             )
 
     def take_matrix(self, block: Block, matrix: Tensor, errors: Tensor | None = None) -> None:
@@ -231,7 +237,7 @@ class Network:
         """``product``, telling how many of the ``total`` are done.
 
         Args:
-            product: To watch.
+            product: To watch; with several vectors by rows it counts as many.
             name: Of the row.
             step: Of the row in the order of work, from 1, and the number of rows.
             total: Products, about.
@@ -242,7 +248,7 @@ class Network:
         def counted(vector: Vector) -> Vector:
             nonlocal done, reported
             result = product(vector)
-            done += 1
+            done += len(vector) if vector.ndim > 1 else 1
             now = time.perf_counter()
             if now - reported >= REPORT_EVERY or done >= total:
                 reported = now

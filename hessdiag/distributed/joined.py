@@ -109,9 +109,7 @@ class Joined:
             if argument is not None and len(set(frame.checksum)) > 1:
                 self._check_drift(argument, frame)
             if wide.numel() > HEAD:
-                rest = wide[HEAD:].contiguous()
-                self._carry(lambda: self.transport.add(rest))
-                wide[HEAD:] = rest
+                self._carry(lambda: self.transport.add(wide[HEAD:]))
             wide[:HEAD] = frame.head[: wide.numel()]
             return wide.to(mine.device, mine.dtype)
 

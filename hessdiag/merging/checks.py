@@ -86,7 +86,8 @@ def _check_all_there(first: Source, found: Mapping[int, Source]) -> None:
         one = len(missing) == 1
         raise StoreError(
             f"the shard{'s' * (not one)} {named} {'is' if one else 'are'} missing; "
-            f"{'make it by' if one else 'make each like the first:'} {command(first.run, Shard(missing[0], count))}"
+            f"{'make it by' if one else 'make each like the first:'} "
+            f"{command(first.run, Shard(missing[0], count))}"
         )
     wanted = blocks_of(first.run)
     held = sorted(block.name for source in found.values() for block in source.run.blocks)

@@ -86,33 +86,38 @@ def assemble(
     *,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
+    chunk: int = 1,
 ) -> Assembled:
     """The matrix of an operator, column by column.
 
     Args:
-        matvec: ``v -> A v`` for a real symmetric ``A``.
+        matvec: ``v -> A v`` for a real symmetric ``A``; with ``chunk`` above 1 it is given up to
+            so many vectors by rows, ``(k, n)``, and returns their products by rows.
         n: The size of the operator, at least 1.
         dtype: Of the unit vectors that the matvec is given.
         device: Of the unit vectors, and of the matrix.
+        chunk: Vectors at a time, at least 1.
 
     Returns:
         The symmetrised matrix, and how far from symmetric the products were.
 
     Raises:
-        ValueError: ``n < 1``.
+        ValueError: ``n < 1`` or ``chunk < 1``, or a product is misshapen.
         Breakdown: A product is not finite.
 
     Cost:
-        ``n`` matvecs and ``n²`` numbers.
+        ``n`` products and ``n²`` numbers.
     """
     if n < 1:
         raise ValueError(f"n = {n}, but an operator acts on at least one number")
+    if chunk < 1:
+        raise ValueError(f"chunk = {chunk}; products are computed at least one at a time")
     product = CountedMatvec(matvec)
     matrix = torch.empty(n, n, dtype=torch.float64, device=device)
-    for i in range(n):
-        unit = torch.zeros(n, dtype=dtype, device=device)
-        unit[i] = 1
-        matrix[i] = product(unit)
+    for i in range(0, n, chunk):
+        unit = torch.zeros(min(chunk, n - i), n, dtype=dtype, device=device)
+        unit.diagonal(i).fill_(1)
+        matrix[i : i + chunk] = product(unit[0]) if chunk == 1 else product.several(unit)
     largest = float(matrix.abs().amax())
     difference = 0.0
     # By slabs of rows, for there may be room for one matrix only.

@@ -79,6 +79,24 @@ class CountedMatvec:
             )
         return product
 
+    def several(self, vectors: Tensor) -> Tensor:
+        """The products of a matvec that takes several vectors by rows, ``(k, n)``.
+
+        Raises:
+            ValueError: The products are not shaped like the vectors.
+            Breakdown: One of them is not finite.
+        """
+        first, self.count = self.count + 1, self.count + len(vectors)
+        products = self.matvec(vectors)
+        if products.shape != vectors.shape:
+            raise ValueError(
+                f"the matvec maps vectors of shape {list(vectors.shape)} to products of shape "
+                f"{list(products.shape)}; it must return a row for each"
+            )
+        if not bool(torch.isfinite(products).all()):
+            raise not_finite(f"one of products {first} to {self.count}", vectors.dtype)
+        return products
+
     def look(self) -> None:
         """Make sure that all products so far are finite.
 

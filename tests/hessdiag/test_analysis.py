@@ -373,10 +373,11 @@ def test_a_block_that_fails_is_a_row_with_its_reason_and_the_others_survive(
 
 
 def test_a_block_without_memory_says_what_to_lower(tanh_task, monkeypatch):
-    def failing(_matrix, _problem):
+    def failing(*_):
         raise MemoryError
 
-    monkeypatch.setattr(hessdiag.opened, "solve_exact", failing)
+    for name in ("solve_exact", "solve_matrix_free"):  # nor for bounds in its place
+        monkeypatch.setattr(hessdiag.opened, name, failing)
     run = analyze(tanh_task, blocks="2")
     assert "--exact-limit" in raw(run, "2")["skipped"]
 

@@ -138,6 +138,25 @@ def test_the_eigenvalue_that_power_iteration_follows_is_named_where_it_is_not_th
     assert not any("λ_min" in note for note in crosscheck(parabola(4.0, -1.0)).notes)
 
 
+def test_the_weights_are_the_checkpoint_s(tmp_path):
+    class Cubic(nn.Module):
+        """Its Hessian is the diagonal matrix of its parameters."""
+
+        def __init__(self):
+            super().__init__()
+            self.p = nn.Parameter(torch.ones(2))
+
+        def forward(self, _batch):
+            return self.p.pow(3).sum() / 6
+
+    torch.save({"p": torch.tensor([3.0, 1.0])}, tmp_path / "c.pt")
+    task = Task(Cubic(), [torch.zeros(1, 1)], lambda model, batch: model(batch))
+    found = crosscheck(task, tmp_path / "c.pt")
+    assert by_method(found, "trace")["hessdiag, all eigenvalues"].found.value == pytest.approx(4)
+    assert found.checkpoint == "c.pt"
+    assert task.model.p.tolist() == [1.0, 1.0]
+
+
 def test_where_pyhessian_raises_its_line_says_so_and_ours_stand(networks):
     reasons = {
         "linear loss": "RuntimeError: element 0 of tensors does not require grad",

@@ -152,6 +152,12 @@ def test_a_network_that_memory_did_not_allow_is_tried_again_with_another_budget(
     assert not is_complete(run, Options(memory_budget=8))
 
 
+def test_a_network_that_memory_allowed_in_another_run_is_not_limited():
+    short, long = apart(("raw", "bn"), ("raw", "bn", "bnp"))
+    run = merged([edited(short, "environment", limited=["bn"]), long])
+    assert run.provenance.environment["limited"] == []
+
+
 def test_a_row_cut_short_is_done_again_by_whoever_allows_more_than_the_least_limit(whole):
     sources = parts_of(whole, [["whole"], ["0"], ["2"]])
     limits = (30.0, 20.0, None)

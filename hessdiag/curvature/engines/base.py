@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
+from hessdiag.curvature.engines.clock import timed
+from hessdiag.curvature.engines.many import Wide
 from hessdiag.curvature.ggn import ggn_product
 from hessdiag.curvature.hessian import BatchProduct, hessian_product
 from hessdiag.curvature.objective import Objective, flatten, only, unflatten, zeros
@@ -16,6 +19,13 @@ from hessdiag_probes.types import Vector
 
 BuildProduct = Callable[[Objective, Any, Sequence[nn.Parameter]], BatchProduct | None]
 BUILD: dict[Curvature, BuildProduct] = {"hessian": hessian_product, "ggn": ggn_product}
+
+GAIN = 0.95
+"""Of the time of kept graphs: what takes more is not worth a change."""
+PATIENCE = 1.0
+"""Seconds of products between two looks at the clock, about."""
+WIDEST = 128
+"""Products between two looks at the clock, at most."""
 
 
 class Engine(Protocol):
@@ -61,6 +71,37 @@ class Summed:
     def __call__(self, vector: Vector, /) -> Vector:
         """``C v`` over the dataset."""
         return self.objective.summed(lambda: self.part(vector), vector)
+
+    def many(self, vectors: Tensor) -> Tensor:
+        """The products with several vectors, both by rows, (k, n); all ranks' sums in one."""
+        flat = self.objective.summed(lambda: self.parts(vectors).reshape(-1), vectors.reshape(-1))
+        return flat.view_as(vectors)
+
+    def chunk(self, count: int) -> int:
+        """How many of ``count`` vectors :meth:`many` should be given at a time; a collective.
+
+        As many as take a second: that is how late a deadline may be seen.
+
+        Cost:
+            One product of this rank's batches.
+        """
+        device = self.parameters[0].device
+        _, seconds = timed(lambda: self.part(zeros(self.parameters)), device)
+        most = min(count, WIDEST, int(PATIENCE / max(seconds, 1e-9)))
+        return max(1, int(self.objective.group.agreed(most)))
+
+    def parts(self, vectors: Tensor) -> Tensor:
+        """Of this rank's batches, (k, n), batch by batch; it talks to no other rank."""
+        total = torch.zeros_like(vectors)
+        with only(self.parameters):
+            for product, share in self._each():
+                if isinstance(product, Wide):
+                    total.add_(product.many(vectors, self.parameters), alpha=share)
+                    continue
+                for vector, sums in zip(vectors, total, strict=True):
+                    parts = run_product(product, unflatten(vector, self.parameters))
+                    sums.add_(flatten(parts), alpha=share)
+        return total
 
     def part(self, vector: Vector) -> Vector:
         """Of this rank's batches; it talks to no other rank."""

@@ -11,6 +11,7 @@ from hessdiag.curvature.engines.difference import Difference
 from hessdiag.curvature.engines.kept import Kept
 from hessdiag.curvature.engines.linearized import Linearized
 from hessdiag.curvature.engines.recompute import Recompute
+from hessdiag.curvature.engines.rehearsal import rehearse
 from hessdiag.curvature.engines.trial import fastest
 from hessdiag.curvature.objective import Objective
 from hessdiag.memory import free_memory
@@ -25,6 +26,7 @@ def make_engine(
     engine: EngineName = "auto",
     memory_budget: int | None = None,
     products: int = 0,
+    columns: bool = False,
 ) -> Engine:
     """The engine asked for; ``auto`` takes the fastest of those that fit the memory budget.
 
@@ -35,6 +37,7 @@ def make_engine(
         engine: As ``--engine`` names it.
         memory_budget: Bytes for what is kept; None takes half of what is free.
         products: How many are expected, about: what trying engines may cost depends on it.
+        columns: They are those of a matrix's columns, asked for several at once.
     Raises:
         SelfCheckFailed: The engine asked for cannot work on this model.
     Cost:
@@ -53,8 +56,9 @@ def make_engine(
     if engine == "linearized":
         return Linearized(objective, parameters, build, budget=budget)
     kept = Kept(objective, parameters, build, budget=budget)
+    usual = rehearse(kept, products) if columns else None
     if engine == "kept":
         return kept
     if kept.rest and not kept.products:
         return Recompute(objective, parameters, build)
-    return fastest(kept, products, budget)
+    return fastest(kept, products, budget, usual)

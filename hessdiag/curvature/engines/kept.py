@@ -26,6 +26,7 @@ class Kept(Summed):
         batches: Of ``products``.
         held: Bytes of what is kept, about; 0 without a budget.
         largest: Of the largest batch's graph, likewise.
+        room: Bytes of the budget that nothing is kept in; None without a budget.
         weight: Bytes of what is kept of a batch, at most, in units of its graph.
         spare: Graphs that are in memory beside it while it is made.
     """
@@ -59,6 +60,7 @@ class Kept(Summed):
             sizes = graph_sizes(objective, parameters, build, [batch for batch, _ in own])
         self.batches: list[Any] = []
         self.held, self.largest = 0, max(sizes, default=0)
+        self.room: int | None = None
         beside = self.spare * self.largest
         whole = self.weight * (sum(sizes) - self.largest) + max(self.weight * self.largest, beside)
         fits = budget is None or whole <= budget
@@ -73,6 +75,8 @@ class Kept(Summed):
                 self.products.append((product, share))
                 self.batches.append(batch)
                 self.held += self.weight * size
+        if budget is not None:
+            self.room = budget - self.held
 
     @property
     def record(self) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-
+from hessdiag.curvature.engines.base import GAIN
+from hessdiag.curvature.engines.clock import timed
 from hessdiag.curvature.engines.kept import Kept
 from hessdiag.curvature.engines.linearized import (
     SPARE,
@@ -27,8 +27,6 @@ T = TypeVar("T")
 
 SHARE = 0.1
 """Of the expected time of a block's products: what trying may cost."""
-GAIN = 0.95
-"""Of the time of kept graphs: what takes more is not worth a change."""
 LEAST = 5
 """Products that a trial takes at the least."""
 OVERHEAD = (6.0, 0.2)
@@ -41,13 +39,14 @@ FORMULAS = "torch._decomp.decompositions_for_jvp"
 """The module that is there when they were."""
 
 
-def fastest(kept: Kept, products: int, budget: int) -> Kept:
+def fastest(kept: Kept, products: int, budget: int, usual: float | None = None) -> Kept:
     """What computes the products of a block in the least time, trying included.
 
     Args:
         kept: Graphs of as many batches as fit.
         products: How many are expected.
         budget: Bytes for what is kept.
+        usual: Seconds per product of the first batch's graph where it takes several at once.
     Returns:
         ``kept``, or what took the place of its graphs; ``tried`` tells the seconds per product of
         this rank's kept batches, extrapolated from the first of them.
@@ -56,7 +55,7 @@ def fastest(kept: Kept, products: int, budget: int) -> Kept:
         other rank.
     """
     count = len(kept.products)
-    trial = _Trial(kept, products)
+    trial = _Trial(kept, products, usual)
     if not count or SHARE * products < LEAST:
         return kept
     with only(kept.parameters):
@@ -65,7 +64,8 @@ def fastest(kept: Kept, products: int, budget: int) -> Kept:
             if WEIGHT * kept.held + SPARE[route] * kept.largest <= budget:
                 trial.attempt(route)
         engine = trial.winner()
-    engine.tried = {name: seconds * count for name, seconds in trial.seconds.items()}
+    tried = {name: seconds * count for name, seconds in trial.seconds.items()}
+    engine.tried = tried | kept.tried
     return engine
 
 
@@ -74,12 +74,14 @@ class _Trial:
 
     Attributes:
         seconds: Per product with that batch, by candidate.
+        usual: The least of the kept graph's.
         spent: Seconds.
         record: Of recording the double backward; None before.
     """
 
-    def __init__(self, kept: Kept, products: int) -> None:
+    def __init__(self, kept: Kept, products: int, usual: float | None) -> None:
         self.kept = kept
+        self.usual = math.inf if usual is None else usual
         self.count = len(kept.products)
         self.products = products
         self.seconds: dict[str, float] = {}
@@ -98,19 +100,20 @@ class _Trial:
         _, first = self._timed(lambda: Reference.of(product, parameters))
         self.reference, second = self._timed(lambda: Reference.of(product, parameters))
         self.seconds["kept"] = min(first, second)
+        self.usual = min(self.usual, self.seconds["kept"])
 
     def attempt(self, route: Route) -> None:
         """Record the first batch, if that can pay, and time it."""
-        usual = self.seconds["kept"]
+        product = self.seconds["kept"]
         if self.record is None:
-            each = self.recording(usual)
+            each = self.recording(product)
             once = 0.0
         else:
             each = FORWARD * self.record
             once = 0.0 if FORMULAS in sys.modules else COMPILING
         # The other batches are recorded too, each after a product to compare it with.
-        needed = self.spent + once + self.count * (each + 2 * usual)
-        if needed > SHARE * self.products * usual * self.count:
+        needed = self.spent + once + self.count * (each + 2 * product)
+        if needed > SHARE * self.products * self.usual * self.count:
             return
         kept = self.kept
         try:
@@ -128,7 +131,7 @@ class _Trial:
 
     def winner(self) -> Kept:
         """The fastest candidate, with all batches."""
-        usual = self.seconds["kept"]
+        usual = self.usual
         best: Route | None = None
         for route in self.played:
             seconds = self.seconds[f"linearized, {route}"]
@@ -142,13 +145,6 @@ class _Trial:
             return self.kept
 
     def _timed(self, work: Callable[[], T]) -> tuple[T, float]:
-        device = self.kept.parameters[0].device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        result = work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken = time.perf_counter() - started
+        result, taken = timed(work, self.kept.parameters[0].device)
         self.spent += taken
         return result, taken

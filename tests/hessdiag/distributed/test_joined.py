@@ -50,11 +50,12 @@ def test_float32_parts_are_summed_in_float64():
     values = [1.0, 2.0**-24, 2.0**-24]
 
     def program(group):
-        return group.summed(lambda: torch.tensor([values[group.rank]], dtype=torch.float32))
+        return group.summed(lambda: torch.full((HEAD + 1,), values[group.rank]).float())
 
     found = together(3, program)
     assert found[0].dtype == torch.float32
-    assert all(float(one) == 1.0 + 2.0**-23 for one in found)  # float32 sums would end at 1
+    # Sums in float32 would end at 1.
+    assert all(bool((one == 1.0 + 2.0**-23).all()) for one in found)
 
 
 class Watcher(TorchDispatchMode):
