@@ -37,7 +37,7 @@ from hessdiag.sharding import share_of
 from hessdiag.stages import compute_stages
 from hessdiag.store.folder import check_folder
 from hessdiag.store.write import check_target
-from hessdiag.task import Task, as_loss, units
+from hessdiag.task import Task, Units, as_loss, units
 from hessdiag.variants.decay import trained_decoupled
 from hessdiag.variants.grammar import RAW
 from hessdiag.variants.optimizers import NO_FIXED_M
@@ -173,27 +173,9 @@ class Analysis:
             loan([model], mode=self.task.mode, dtype=dtype, device=device),
             exact_arithmetic([model], dtype) as switches,
         ):
-            self._load_weights(model)
             count = units(self.task)
-            batches = load_batches(
-                self.task.data,
-                count,
-                dtype=dtype,
-                device=device,
-                batch_size=options.batch_size,
-                max_examples=options.max_examples,
-                seed=options.seed,
-                order_matters=has_batch_statistics(model),
-            )
-            self.warnings += [*self.task.notices, *batches.notices]
-            objective = Objective(model, as_loss(self.task), batches, self.group, count)
-            network = Network(objective, options, self.report)
-            if has_batch_statistics(model) and len(batches.items) > 1:
-                self.warnings.append(
-                    f"BatchNorm uses the statistics of the batch: the loss is the mean over these "
-                    f"{len(batches.items)} batches, each normalised by its own"
-                )
-            self.warnings += objective.shared_unevenly()
+            network = self._network(model, count, dtype, device)
+            objective, batches = network.objective, network.objective.batches
             weights = hash_tensors({**network.named, **dict(model.named_buffers())})
             trajectory = find_trajectory(options, model, trust=self.trust)
             loss = objective.value()
@@ -279,6 +261,32 @@ class Analysis:
             cosines=along,
         )
         return run, rows
+
+    def _network(
+        self, model: nn.Module, count: Units, dtype: torch.dtype, device: torch.device
+    ) -> Network:
+        """The network, on loan, with the weights and the data of the analysis."""
+        options = self.options
+        self._load_weights(model)
+        batches = load_batches(
+            self.task.data,
+            count,
+            dtype=dtype,
+            device=device,
+            batch_size=options.batch_size,
+            max_examples=options.max_examples,
+            seed=options.seed,
+            order_matters=has_batch_statistics(model),
+        )
+        self.warnings += [*self.task.notices, *batches.notices]
+        objective = Objective(model, as_loss(self.task), batches, self.group, count)
+        if has_batch_statistics(model) and len(batches.items) > 1:
+            self.warnings.append(
+                f"BatchNorm uses the statistics of the batch: the loss is the mean over these "
+                f"{len(batches.items)} batches, each normalised by its own"
+            )
+        self.warnings += objective.shared_unevenly()
+        return Network(objective, options, self.report)
 
     def _config(self, device: str) -> dict[str, Any]:
         options = self.options

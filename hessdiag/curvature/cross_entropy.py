@@ -186,11 +186,12 @@ class _Slope(torch.autograd.Function):
         def bent(part: slice) -> Tensor:
             p, v = logits[part].softmax(1), vector[part]
             mean = (p * v).sum(1, keepdim=True)
-            return (v - mean) * p * (above * mass)[part, None]
+            found: Tensor = (v - mean) * p * (above * mass)[part, None]
+            return found
 
         def seen(part: slice) -> Tensor:
             v = vector[part]
-            found = mass[part] * (logits[part].softmax(1) * v).sum(1)
+            found: Tensor = mass[part] * (logits[part].softmax(1) * v).sum(1)
             found = found - hard[part] * v.gather(1, labels[part, None])[:, 0]
             return found if spread is None else found - ones[part] * (v @ spread)
 
@@ -208,9 +209,7 @@ def _mass(hard: Tensor, ones: Tensor, spread: Tensor | None) -> Tensor:
 
 
 def _by_rows(part_of: Callable[[slice], Tensor], logits: Tensor, result: Tensor) -> Tensor:
-    """``part_of`` every row, some at a time; in one piece where it is to be differentiated."""
-    if torch.is_grad_enabled():
-        return part_of(slice(None))
+    """``part_of`` every row, some at a time, put into ``result``."""
     rows, classes = logits.shape
     at_once = max(ROWS_AT_ONCE.get(logits.device.type, 2**20) // max(classes, 1), 1)
     for start in range(0, rows, at_once):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -100,13 +101,13 @@ def _round_piece(tensor: Tensor, dropped: int, narrow: Tensor | None) -> None:
     bits = tensor.view(_INTEGER[tensor.dtype])
     # Half a unit is added in the magnitude bits, so this rounds to nearest, ties away; the
     # exponent takes the carry, and infinities are left alone.
-    finite = torch.isfinite(tensor)
+    size = tensor.abs()
+    finite = size < math.inf  # isfinite takes twice as many passes
     rounded = (bits + (1 << (dropped - 1))) & ~((1 << dropped) - 1)
     rounded = torch.where(finite, rounded, bits)
     if narrow is not None:
         wide = narrow.to(tensor.dtype)
-        size = tensor.abs()
-        held = finite & torch.isfinite(wide) & ((size >= _TINY) | (size == 0))
+        held = finite & (wide.abs() < math.inf) & ((size >= _TINY) | (size == 0))
         rounded = torch.where(held, wide.contiguous().view(rounded.dtype), rounded)
     bits.copy_(rounded)
 

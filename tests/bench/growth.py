@@ -2,10 +2,11 @@
 
 Run by ``make bench``. Each of the three is varied alone, in analyses of a small decoder as a user
 runs them, each in a process of its own, so that one's peak is not another's. Parameters and
-examples: of the embedding. Products: of the layers between, by the steps of Lanczos; their
-orthogonalisation, n × steps², is part of it. Prints one JSON row per analysis and one per curve,
-with the slope of the logarithms against each other: 1 is linear growth, and what does not grow
-brings it below, least so between the last two. Ends with 1 where that slope tells otherwise.
+examples: of the embedding. Products: of the layers between, by the number of probes (the steps of
+Lanczos add their orthogonalisation, n × steps², to their products). Prints one JSON row per
+analysis and one per curve, with the slope of the logarithms against each other: 1 is linear
+growth, and what does not grow brings it below, least so between the last two levels. Ends with 1
+where that slope tells otherwise.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ EXAMPLES, STEPS, PROBES = 4, 10, 10
 CURVES: dict[str, Sequence[int]] = {
     "parameters": (1, 3, 9),
     "examples": (8, 32, 96),
-    "products": (40, 120, 360),
+    "products": (50, 200, 800),
 }
-"""Factors of the vocabulary, sequences, and steps of the Lanczos run."""
+"""Factors of the vocabulary, sequences, and probes."""
 BLOCK = {"parameters": "embed", "examples": "embed", "products": "layers=layers.*"}
 MEASURED = ("cpu_seconds", "peak_mib")  # of the processor: other work does not count
 ACCEPTED = 1.15  # a slope above it is no linear growth
@@ -50,8 +51,8 @@ def measure(curve: str, level: int) -> dict[str, Any]:
         subject,
         variants="raw",
         blocks=(BLOCK[curve],),
-        steps=level if curve == "products" else STEPS,
-        probes=PROBES,
+        steps=STEPS,
+        probes=level if curve == "products" else PROBES,
         tolerance=0.0,
         engine="kept",
         dtype="float64",

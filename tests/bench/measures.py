@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from hessdiag_probes import generator, hutchinson, lanczos, rademacher, sphere
 
 DENSE = 3000  # parameters up to which the reference is the whole matrix
 REFERENCE_STEPS, REFERENCE_PROBES = 60, 16
-SEEDS, ITERATIONS = 5, 400
+STARTS, ITERATIONS = 1000, 400
 LARGE_SEEDS, LARGE_ITERATIONS = 2, 100
 SETTLED = 1e-5  # relative change in a step after which a right path is followed no further
 XTRACE = (10, 20, 40, 80, 160, 320)
@@ -354,31 +353,48 @@ def find_truth(subject: Subject) -> Truth:
 def _stops(truth: Truth, size: int, *, small: bool) -> dict[str, dict[str, Any]]:
     """By tolerance: after how many products PyHessian's rule stops, and whether it is then right.
 
-    Right for every one of several starts: a user cannot know which start is lucky.
+    A user cannot know which start is lucky. Where all eigenvalues are known, the rule is right if
+    it is from all but a thousandth of a thousand starts, which is what our certificate claims; else
+    if it is from each of a few.
     """
-    seeds, most = (SEEDS, ITERATIONS) if small else (LARGE_SEEDS, LARGE_ITERATIONS)
-    paths = [_rayleigh(truth, size, seed, most) for seed in range(seeds)]
+    paths = _all_paths(truth.spectrum) if small and truth.spectrum is not None else None
+    if paths is None:
+        paths = [_rayleigh(truth, size, seed, LARGE_ITERATIONS) for seed in range(LARGE_SEEDS)]
     found = {}
     for tolerance in SETTINGS:
         counts, errors = [], []
         for path in paths:
-            steps = itertools.pairwise(path)
-            stop = next(
-                (i for i, (a, b) in enumerate(steps) if abs(a - b) / (abs(a) + 1e-6) < tolerance),
-                None,
-            )
-            value = path[-1] if stop is None else path[stop]
-            counts.append(len(path) if stop is None else stop + 2)
-            errors.append(abs(value - truth.top) / abs(truth.top))
+            changes = np.abs(np.diff(path)) / (np.abs(path[:-1]) + 1e-6)
+            stops = np.flatnonzero(changes < tolerance)
+            stop = len(path) - 1 if len(stops) == 0 else int(stops[0])
+            counts.append(min(stop + 2, len(path)))
+            errors.append(abs(path[stop] - truth.top) / abs(truth.top))
+        wrong = np.array(errors) > SURE
         found[f"{tolerance:.3g}"] = {
             "products": float(np.mean(counts)),
-            "error": max(errors),
-            "right": max(errors) <= SURE,
+            "error": float(np.quantile(errors, 1 - SURE)),
+            "starts": len(paths),
+            "right": int(wrong.sum()) <= SURE * len(paths),
         }
     return found
 
 
-def _rayleigh(truth: Truth, size: int, seed: int, most: int) -> list[float]:
+def _all_paths(spectrum: np.ndarray) -> list[np.ndarray]:
+    """Rayleigh quotients of power iteration from many starts, in the basis of eigenvectors."""
+    source = np.random.default_rng(0)
+    vectors = source.standard_normal((STARTS, len(spectrum)))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    paths = []
+    for _ in range(ITERATIONS):
+        images = vectors * spectrum
+        paths.append((vectors * images).sum(axis=1))
+        vectors = images / (np.linalg.norm(images, axis=1, keepdims=True) + 1e-6)
+        if len(paths) > 1 and np.all(np.abs(paths[-1] - paths[-2]) < 1e-9 * np.abs(paths[-2])):
+            break
+    return list(np.array(paths).T)
+
+
+def _rayleigh(truth: Truth, size: int, seed: int, most: int) -> np.ndarray:
     """Rayleigh quotients of power iteration, normalised as PyHessian normalises."""
     vector = sphere(size, generator=generator(seed, "power"))
     path: list[float] = []
@@ -389,7 +405,7 @@ def _rayleigh(truth: Truth, size: int, seed: int, most: int) -> list[float]:
         right = abs(path[-1] - truth.top) <= SURE / 10 * abs(truth.top)
         if right and len(path) > 1 and abs(path[-1] - path[-2]) < SETTLED * abs(path[-2]):
             break
-    return path
+    return np.array(path)
 
 
 def _cost(seconds: float, gradient: float, error: float) -> dict[str, float]:

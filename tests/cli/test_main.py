@@ -98,7 +98,9 @@ def test_every_command_has_the_common_options_and_an_example(command):
     assert f"Example: hessdiag {command}" in " ".join(COMMANDS[command].help.split())
 
 
-@pytest.mark.parametrize("command", ["analyze", "show", "diff", "inspect", "demo", "merge", "validate"])
+@pytest.mark.parametrize(
+    "command", ["analyze", "show", "diff", "inspect", "demo", "merge", "validate"]
+)
 def test_every_command_that_prints_results_has_json(command):
     assert "--json" in options(command)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import sample_networks
 from dense_oracle import dense
-from hessdiag import Task, analyze
+from hessdiag import Task, analyze, structured_block
 from hessdiag.block_hessian import BlockHessian
 from hessdiag.blocks import WHOLE, Block
 from hessdiag.curvature.structured import sites
@@ -140,3 +140,34 @@ def test_a_badly_scaled_block_is_certified_to_relative_accuracy():
     values = np.linalg.svd(r * scale.numpy(), compute_uv=False)
     assert kappa.status == "exact"
     assert kappa.value == pytest.approx((values[0] / values[-1]) ** 2, rel=1e-4)
+
+
+def test_rounding_that_drowns_a_row_that_products_resolve_is_refused(eager, monkeypatch):
+    inputs = torch.diag(torch.tensor([1.0, 1e-5], dtype=torch.float64))
+    case = Case(nn.Linear(2, 1, bias=False), [(inputs, torch.zeros(2, 1).double())], mse, [2.0])
+    made = structured_block.structured_matrix
+
+    def spoiled(*args, **more):
+        matrix = made(*args, **more)
+        matrix[1, 1] += 5e-13  # of 1e-10; nothing to the block, whose norm is 1
+        return matrix
+
+    assert whole(case).engine_name == "structure"
+    monkeypatch.setattr(structured_block, "structured_matrix", spoiled)
+    hessian = whole(case)
+    assert "drowns rows" in hessian.refused
+    assert torch.allclose(hessian.matrix, torch.diag(torch.tensor([1.0, 1e-10])).double())
+
+
+def test_the_noise_of_an_assembled_matrix_holds_what_it_differs_from_products_by(eager):
+    case = regression(sample_networks.mlp())
+    with sample_networks.lent(case.task) as (objective, named):
+        network = Network(objective, make_options(), lambda event: None)
+        block = Block(WHOLE, tuple(named), sum(p.numel() for p in named.values()))
+        hessian = BlockHessian(network, block, Row(WHOLE, (1, 1)))
+        wrong = torch.zeros_like(hessian.matrix)
+        wrong[3, 5] = 1e-9
+        hessian.__dict__["matrix"] = hessian.matrix + wrong
+        noise = hessian.matrix_noise()(torch.ones(block.size, dtype=torch.float64)).abs()
+    assert noise[3] == pytest.approx(1e-9, rel=1e-5)
+    assert noise[torch.arange(block.size) != 3].max() < 1e-14

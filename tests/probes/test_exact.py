@@ -89,6 +89,30 @@ def test_float32_products_are_assembled_in_float64():
     assert set(seen) == {torch.float32}
 
 
+@pytest.mark.parametrize("chunk", [2, 3, 7, 1000])
+def test_columns_that_are_asked_for_several_at_a_time_make_the_same_matrix(matrix, chunk):
+    asked = []
+
+    def products(vectors):
+        asked.append(len(vectors))
+        return vectors @ matrix
+
+    result = assemble(products, len(matrix), chunk=chunk)
+    assert torch.equal(result.matrix, matrix)
+    assert result.matvecs == sum(asked) == len(matrix)
+    assert set(asked[:-1]) <= {chunk}
+    assert asked[-1] <= chunk
+
+
+def test_several_columns_that_are_misshapen_or_not_finite_are_refused():
+    with pytest.raises(ValueError, match="a row for each"):
+        assemble(lambda v: v[0], 4, chunk=2)
+    with pytest.raises(Breakdown, match="one of products 3 to 4"):
+        assemble(lambda v: v / (1 - v[:, 2:3].amax()), 4, chunk=2)
+    with pytest.raises(ValueError, match="chunk = 0"):
+        assemble(ONES.mv, 4, chunk=0)
+
+
 def test_assembling_nothing_or_nothing_finite_is_refused():
     with pytest.raises(ValueError, match="at least one number"):
         assemble(ONES.mv, 0)

@@ -83,10 +83,10 @@ class Summed:
         As many as take a second: that is how late a deadline may be seen.
 
         Cost:
-            One product of this rank's batches.
+            One product.
         """
         device = self.parameters[0].device
-        _, seconds = timed(lambda: self.part(zeros(self.parameters)), device)
+        _, seconds = timed(lambda: self(zeros(self.parameters)), device)
         most = min(count, WIDEST, int(PATIENCE / max(seconds, 1e-9)))
         return max(1, int(self.objective.group.agreed(most)))
 

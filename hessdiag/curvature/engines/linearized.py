@@ -85,9 +85,11 @@ class Linearized(Kept):
 
     Attributes:
         routes: Tried in this order, for each batch.
+        graphs: Batches whose tapes became CUDA graphs.
     """
 
     name = "linearized"
+    graphs = 0
     weight = WEIGHT
     spare = SPARE["forward"]
 
@@ -106,6 +108,11 @@ class Linearized(Kept):
         """
         self.routes = routes(build)
         super().__init__(objective, parameters, build, budget=budget)
+
+    @property
+    def record(self) -> str:
+        """The name, and of how many batches something is kept, by CUDA graphs or not."""
+        return f"{super().record}, {self.graphs} as CUDA graphs" if self.graphs else super().record
 
     def make(self, batch: Any) -> BatchProduct | None:
         """The batch's tape; None where its product is zero."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from hessdiag_probes.random import gaussian, generator, rademacher
 
 WIDTHS = (8, 32, 128)
 """Numbers of vectors that are tried, each where the one before was a gain."""
-CHUNKS = 4
+CHUNKS = 8
 """A width is tried where at least so many times as many vectors are to come."""
 AGREEMENT = {torch.float64: 1e-12, torch.float32: 1e-5}
 """How near to a product by itself those at once must be, relative."""
@@ -36,8 +36,8 @@ def rehearse(kept: Kept, count: int) -> float | None:
     Returns:
         Seconds per product of the first batch; None where nothing was tried or gained.
     Cost:
-        Of the first batch two products, and up to four times 8 and one of more at once; of every
-        other batch one product, and 8 at once.
+        Of the first batch about a third of the vectors to come at most, nearly all of them at once;
+        of each other batch one product, and 8 at once.
     """
     if not kept.products or not _fits(kept, WIDTHS[0], count):
         return None
@@ -63,16 +63,14 @@ def _quickest(kept: Kept, vectors: Tensor, count: int) -> tuple[int, dict[int, f
     product, _ = kept.products[0]
     parameters, device = kept.parameters, kept.parameters[0].device
     one = unflatten(vectors[0], parameters)
-    seconds = {1: min(timed(lambda: product(one), device)[1] for _ in range(2))}
+    seconds = {1: _least(lambda: product(one), device)}
     best = 1
     for width in WIDTHS:
         if not _fits(kept, width, count):
             break
         some = vectors[:width]
         try:
-            if best == 1:
-                at_once(product, some, parameters)
-            _, taken = timed(lambda some=some: at_once(product, some, parameters), device)  # type: ignore[misc]
+            taken = _least(lambda some=some: at_once(product, some, parameters), device)  # type: ignore[misc]
         except Exception:  # an operation cannot be vectorised, or memory ran out: one by one works
             break
         seconds[width] = taken / width
@@ -80,6 +78,11 @@ def _quickest(kept: Kept, vectors: Tensor, count: int) -> tuple[int, dict[int, f
             break
         best = width
     return best, seconds
+
+
+def _least(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the quicker of two runs: the first warms up."""
+    return min(timed(work, device)[1] for _ in range(2))
 
 
 def _fits(kept: Kept, width: int, count: int) -> bool:

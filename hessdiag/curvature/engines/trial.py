@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from hessdiag.curvature.engines.base import GAIN
 from hessdiag.curvature.engines.clock import timed
+from hessdiag.curvature.engines.cuda import CannotCapture, capture_all, captured
 from hessdiag.curvature.engines.kept import Kept
 from hessdiag.curvature.engines.linearized import (
     SPARE,
@@ -24,6 +25,9 @@ from hessdiag.curvature.engines.linearized import (
 from hessdiag.curvature.objective import only
 
 T = TypeVar("T")
+
+CAPTURED = ", CUDA graph"
+"""What is said of a tape that is one."""
 
 SHARE = 0.1
 """Of the expected time of a block's products: what trying may cost."""
@@ -63,6 +67,8 @@ def fastest(kept: Kept, products: int, budget: int, usual: float | None = None) 
         for route in reversed(routes(kept.build)):
             if WEIGHT * kept.held + SPARE[route] * kept.largest <= budget:
                 trial.attempt(route)
+        if kept.parameters[0].is_cuda and WEIGHT * kept.held + count * kept.largest <= budget:
+            trial.capture()
         engine = trial.winner()
     tried = {name: seconds * count for name, seconds in trial.seconds.items()}
     engine.tried = tried | kept.tried
@@ -129,20 +135,32 @@ class _Trial:
         self.played[route] = played
         _, self.seconds[f"linearized, {route}"] = self._timed(lambda: played(self.reference.pieces))
 
+    def capture(self) -> None:
+        """Capture what was recorded, and time that."""
+        pieces = self.reference.pieces
+        for route, played in self.played.items():
+            try:
+                made, _ = self._timed(lambda tape=played: captured(tape, pieces))  # type: ignore[misc]
+            except CannotCapture:
+                continue
+            _, taken = self._timed(lambda graph=made: graph(pieces))  # type: ignore[misc]
+            self.seconds[f"linearized, {route}{CAPTURED}"] = taken
+
     def winner(self) -> Kept:
         """The fastest candidate, with all batches."""
-        usual = self.usual
-        best: Route | None = None
-        for route in self.played:
-            seconds = self.seconds[f"linearized, {route}"]
-            if seconds < min(GAIN * usual, self.seconds.get(f"linearized, {best}", usual)):
-                best = route
-        if best is None:
+        usual = GAIN * self.usual
+        names = [f"linearized, {route}{how}" for route in self.played for how in ("", CAPTURED)]
+        best = min(names, key=lambda name: self.seconds.get(name, math.inf), default="")
+        if not self.seconds.get(best, math.inf) < usual:
             return self.kept
+        route: Route = "forward" if "forward" in best else "reverse"
         try:
-            return Linearized.of(self.kept, self.played.pop(best))
+            engine = Linearized.of(self.kept, self.played.pop(route))
         except CannotLinearize:
             return self.kept
+        if best.endswith(CAPTURED):
+            capture_all(engine, self.reference.pieces)
+        return engine
 
     def _timed(self, work: Callable[[], T]) -> tuple[T, float]:
         result, taken = timed(work, self.kept.parameters[0].device)

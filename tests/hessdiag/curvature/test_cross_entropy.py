@@ -136,7 +136,9 @@ def test_classes_may_stand_before_other_dimensions(order, options):
 
     with counted() as calls:
         found = all_of(F.cross_entropy)
+        shape = value(raw, F.cross_entropy).shape
     assert calls
+    assert shape == (labels.shape if "reduction" in options else ())
     assert_close(found, all_of(by_hand))
 
 
@@ -210,6 +212,18 @@ def test_a_third_derivative_is_right_too():
     assert_close(found, derivatives(penalised, scores()))
 
 
+def test_several_products_may_be_taken_at_once():
+    vectors = torch.eye(ROWS * CLASSES, **DOUBLE).reshape(-1, ROWS, CLASSES)
+    logits = scores()
+    with counted() as calls:
+        loss = F.cross_entropy(logits, IGNORED, **SOME)
+        (slope,) = torch.autograd.grad(loss, logits, create_graph=True)
+        (found,) = torch.autograd.grad(slope, logits, vectors, is_grads_batched=True)
+    assert calls
+    wanted = derivatives(lambda z: by_hand(z, IGNORED, **SOME), scores())[2]
+    assert_close([found.reshape(wanted.shape)], [wanted])
+
+
 def test_soft_labels_small_logits_and_transforms_stay_torchs_own():
     logits, soft = scores(), torch.full((ROWS, CLASSES), 1 / CLASSES, **DOUBLE)
     with counted() as calls:
@@ -248,15 +262,26 @@ def objective(loss=nn.CrossEntropyLoss()):  # noqa: B008
     return Objective(model, lambda m, batch: loss(m(batch[0]), batch[1]), batches)
 
 
-@pytest.mark.parametrize("weights", [None, WEIGHTS, WEIGHTS - 1], ids=["no", "positive", "signed"])
+NEGATIVE = {
+    "no weights": None,
+    "none": WEIGHTS,
+    "of a target": WEIGHTS.where(WEIGHTS > 0, -0.1),
+    "of another class": WEIGHTS.where(WEIGHTS != 2.0, -0.1),
+}
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_the_loss_is_known_to_be_convex_where_no_weight_is_negative(weights, smoothing):
-    loss = nn.CrossEntropyLoss(weight=weights, label_smoothing=smoothing)
+@pytest.mark.parametrize("negative", NEGATIVE)
+def test_the_loss_is_known_to_be_convex_where_no_weight_that_counts_is_negative(
+    negative, smoothing
+):
+    loss = nn.CrossEntropyLoss(weight=NEGATIVE[negative], label_smoothing=smoothing)
     one = objective(loss)
     with counted() as calls:
         known = convex_loss(one, list(one.model.parameters()))
     assert calls
-    assert known == (weights is None or bool((weights >= 0).all()))
+    wrong = negative == "of a target" or (negative == "of another class" and smoothing > 0)
+    assert known == (not wrong)
 
 
 def test_cross_entropy_of_bent_outputs_is_not_called_convex():

@@ -78,6 +78,12 @@ def classes():
     return Case(sample_networks.mlp(), data, cross_entropy, [6.0, 3.0])
 
 
+def linear_readout():
+    """Slopes of the last layer that nothing below bends; its inputs move all the same."""
+    data = pairs(3)
+    return Case(sample_networks.mlp(), data, lambda m, b: m(b[0]).mean(), [5.0, 3.0])
+
+
 def one_sample():
     return regression(sample_networks.mlp(), pairs(3, sizes=(1, 4)))
 
@@ -92,6 +98,7 @@ OWN = {
     ),
     "branches": lambda: regression(Branches()),
     "classes": classes,
+    "linear readout": linear_readout,
     "one sample": one_sample,
 }
 BORROWED = [
@@ -214,6 +221,12 @@ def test_a_layer_with_more_positions_than_weights_is_left_to_products():
     plan = plan_of(case)
     assert [site.layer.name for site in plan.sites] == ["2", "3"]
     assert plan.others.tolist() == list(range(10))
+
+
+def test_a_convolution_with_groups_is_left_to_products(eager):
+    model = nn.Sequential(nn.Conv1d(2, 4, 2, groups=2), nn.Flatten(), nn.Linear(8, 2))
+    plan = plan_of(regression(model, pairs(2, 3)))
+    assert [site.layer.name for site in plan.sites] == ["2"]
 
 
 def test_structure_is_worth_it_from_some_products_on():
