@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from hessdiag.block_hessian import BlockHessian
 from hessdiag.blocks import Block
-from hessdiag.checkpoint.optimizer import OptimizerState
 from hessdiag.conditioning.bounds import never_exact
 from hessdiag.conditioning.diagonal import diagonal_gap
 from hessdiag.conditioning.kappa import stored_inertia
@@ -30,7 +28,6 @@ from hessdiag.solve import (
     Problem,
     Solved,
     dead_rows,
-    entry_error,
     measure_noise,
     positive_floor,
     solve_exact,
@@ -44,9 +41,9 @@ from hessdiag.variants.coordinates import (
     congruence_error,
     entry_rounding,
 )
-from hessdiag.variants.scene import Built, Iterates, Scene
+from hessdiag.variants.scene import Built
 from hessdiag_probes.random import generator, sphere
-from hessdiag_probes.types import CountedMatvec, Matvec, Vector
+from hessdiag_probes.types import Matvec, Vector
 
 CANCELLED = 1e6
 """A congruence whose sums are so many times smaller than their terms is made from products."""
@@ -185,55 +182,6 @@ class Opened:
             return self._certified(solve_exact(matrix, problem)), self.hessian.products
         solved, products = self._matrix_free(None, problem, self.row)
         return self._certified(solved), products
-
-    def scene(
-        self,
-        raw: VariantResult,
-        optimizer: OptimizerState | None = None,
-        iterates: Iterates = (),
-        *,
-        decoupled: bool = False,
-    ) -> Scene:
-        """What coordinates of the block are made from.
-
-        Args:
-            raw: Its row.
-            optimizer: State of the checkpoint.
-            iterates: Of the trajectory.
-            decoupled: Weight decay is no part of what they are made for.
-        """
-        alive = ~self.dead
-        decay = 0.0 if decoupled else self.network.options.weight_decay
-        matrix = None
-        if self.exact:
-            matrix = without_noise(self.matrix, self.problem.noise).matrix
-            matrix.diagonal().add_(decay)
-        product = self.product
-
-        def error(matrix: Tensor) -> float:
-            found = entry_error(matrix, self.problem)
-            return math.inf if found is None else found
-
-        def cleaned(vector: Vector) -> Vector:
-            mask = alive.to(vector)
-            return mask * product(mask * vector) + decay * vector
-
-        return Scene(
-            block=self.block,
-            named=self.network.named,
-            objective=self.network.given,
-            options=self.network.options,
-            optimizer=optimizer,
-            changed=self.network.changed,
-            product=CountedMatvec(cleaned),
-            matrix=matrix,
-            rows=raw.rows,
-            dead=self.dead,
-            iterates=iterates,
-            batch_rows=self.network.batch_rows,
-            entry_error=lambda: math.inf if matrix is None else error(matrix),
-            cache=self.network.cache,
-        )
 
     def solve_in(
         self, built: Built, raw: VariantResult, row: Row, *, decoupled: bool

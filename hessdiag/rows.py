@@ -19,6 +19,7 @@ from hessdiag.opened import Opened
 from hessdiag.quantity import Quantity
 from hessdiag.relief import Relief
 from hessdiag.run import BlockResult, Value, VariantResult, row_label
+from hessdiag.scenes import scene_of
 from hessdiag.solve import Solved, skipped_fields
 from hessdiag.solve.problem import CUT_SHORT
 from hessdiag.store.journal import Journal
@@ -185,7 +186,7 @@ class Rows:
             if own["kappa"].status == "zero" or bool(opened.dead.all()):
                 built = Built(identity(opened.position))
             else:
-                scene = opened.scene(own, self.optimizer, self.iterates, decoupled=decoupled)
+                scene = scene_of(opened, own, self.optimizer, self.iterates, decoupled=decoupled)
                 built = MAKERS[variant.coordinates](scene)
                 spent = scene.product.count
                 check_finite(built, opened.position)
@@ -337,7 +338,7 @@ class Rows:
 
     def _with_symmetries(self, opened: Opened, solved: Solved) -> Solved:
         """``solved`` with the symmetries of the loss in this block; they cost it no numbers."""
-        scene = opened.scene(VariantResult(solved.values, solved.spectrum, solved.rows))
+        scene = scene_of(opened, VariantResult(solved.values, solved.spectrum, solved.rows))
         notes = list(solved.values["notes"])  # type: ignore[arg-type]
         found: list[str] = []
         try:
