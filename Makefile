@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint bench bench-large bench-coverage clean
+.PHONY: demo test test-slow fuzz lint bench bench-large bench-coverage clean
 
 demo: $(VENV)/.demo
 	mkdir -p demo-output
@@ -26,7 +26,10 @@ lint: $(VENV)/.test
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.test
-	$(BIN)/python tests/bench/side_by_side.py
+	OMP_NUM_THREADS=2 $(BIN)/python tests/bench/side_by_side.py
+	$(BIN)/python tests/bench/structured.py
+	$(BIN)/python tests/bench/growth.py
+	$(BIN)/python tests/bench/size.py
 
 bench-large: $(VENV)/.test
 	$(BIN)/python tests/bench/large.py

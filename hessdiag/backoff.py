@@ -6,16 +6,17 @@ import gc
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import nn
 
 from hessdiag.blocks import Block
 from hessdiag.curvature.objective import Objective
+from hessdiag.data import row_count
 from hessdiag.errors import is_out_of_memory
 from hessdiag.failures import FAILURES, lacks_batch_memory
-from hessdiag.microbatches import cut, most_rows, rows_that_fit, why_not_cut
+from hessdiag.microbatches import cut, most_rows, rows_that_fit, whole, why_not_cut
 from hessdiag.network import Network
 from hessdiag.opened import Opened
 from hessdiag.progress import Event
@@ -46,7 +47,8 @@ def first_relief(network: Network, block: Block) -> Relief:
         return Relief()
     given = network.options.memory_budget is not None
     limit = "--memory-budget" if given else "memory"
-    return Relief(rows=rows, notes=(f"memory: {_cut_note(network, rows)} to fit {limit}",))
+    told = _cut_note(network, rows, f" to fit {limit}")
+    return Relief(rows=rows, notes=(f"memory: {told}",))
 
 
 def fitting(network: Network) -> Objective:
@@ -55,7 +57,15 @@ def fitting(network: Network) -> Objective:
     if rows is None:
         return network.given
     network.report(Event(message=f"self-checks: {_cut_note(network, rows)}"))
-    return cut(network.given, rows)
+    return _cut(network, rows)
+
+
+def _cut(network: Network, rows: int) -> Objective:
+    """The objective with batches of at most ``rows`` rows; found once."""
+    key = f"batches of {rows} rows"
+    if key not in network.cache:
+        network.cache[key] = cut(network.given, rows)
+    return cast("Objective", network.cache[key])
 
 
 def _rows(network: Network, name: str, parameters: Sequence[nn.Parameter]) -> int | None:
@@ -113,6 +123,8 @@ def _halved(network: Network, now: Relief) -> Relief | None:
     if rows < 2 or why_not_cut(network.given) is not None:
         return None
     half = -(-rows // 2)
+    if most_rows(_cut(network, half)) >= rows:
+        return None  # the largest must stay whole
     notes = tuple(note for note in now.notes if "are cut into" not in note)
     told = f"out of memory: {_cut_note(network, half)}"
     return replace(now, rows=half, notes=(*notes, told))
@@ -139,10 +151,19 @@ def _smaller_basis(network: Network, now: Relief) -> Relief | None:
     return replace(now, basis=step, notes=(*notes, told[step]))
 
 
-def _cut_note(network: Network, rows: int) -> str:
-    most = most_rows(network.given)
-    parts = -(-most // rows)
-    return f"batches of up to {most} rows are cut into {parts} micro-batches"
+def _cut_note(network: Network, rows: int, aim: str = "") -> str:
+    uncut = whole(_cut(network, rows), rows)
+    sizes = [row_count(b) for b in network.given.batches.items if not any(b is u for u in uncut)]
+    most = max(sizes, default=0)
+    why = "a batch's loss is not the mean over its rows"
+    if most <= rows:
+        return (
+            f"batches of up to {most_rows(network.given)} rows stay whole, where there is "
+            f"memory for {rows}: {why}"
+        )
+    told = f"batches of up to {most} rows are cut into {-(-most // rows)} micro-batches{aim}"
+    stay = "1 batch stays" if len(uncut) == 1 else f"{len(uncut)} batches stay"
+    return f"{told}; {stay} whole, for {why}" if uncut else told
 
 
 def begin_with(network: Network, block: Block, own: VariantResult | None) -> None:
@@ -195,7 +216,7 @@ def relieve(network: Network, relief: Relief) -> None:
     network.relief = relief
     network.objective = network.given
     if relief.rows is not None:
-        network.objective = cut(network.given, relief.rows)
+        network.objective = _cut(network, relief.rows)
 
 
 def released(error: BaseException) -> None:

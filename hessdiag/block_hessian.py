@@ -14,7 +14,14 @@ from hessdiag.curvature.engines import BUILD, Difference, Linearized, Recompute,
 from hessdiag.curvature.precision import noise_of
 from hessdiag.curvature.structured import NotStructured, Plan
 from hessdiag.network import Network, Row
-from hessdiag.structured_block import assemble_by_structure, difference, structure
+from hessdiag.solve.problem import Noise
+from hessdiag.structured_block import (
+    Departure,
+    assemble_by_structure,
+    difference,
+    structure,
+    verify,
+)
 from hessdiag_probes.exact import assemble
 from hessdiag_probes.types import Matvec, Vector
 
@@ -29,7 +36,9 @@ class BlockHessian:
         tried: Seconds per product of the engines that were tried for it.
         products: Spent on its matrix; a pass that stands for the products of many columns counts
             as one.
-        refused: Why its matrix was not made by structure though that would have been quicker.
+        refused: Why its matrix was not made by structure, or cut from such a one, though that
+            would have been quicker.
+        departure: By which a matrix that was made by structure differs from products, or None.
     """
 
     def __init__(self, network: Network, block: Block, row: Row) -> None:
@@ -41,6 +50,7 @@ class BlockHessian:
         self.tried: dict[str, float] = {}
         self.products = 0
         self.refused = ""
+        self.departure: Departure | None = None
         self._errors: Tensor | None = None
 
     @cached_property
@@ -90,7 +100,7 @@ class BlockHessian:
             self.products, self._errors = size, made.errors
             self.__dict__["product"] = lambda v: (made.matrix @ v.to(made.matrix)).to(v)
             if self.block.name == WHOLE:
-                self.network.take_matrix(self.block, made.matrix, made.errors)
+                self.network.take_matrix(self.block, made.matrix, made.errors, sure=True)
             return made.matrix
         chunk = 1
         if isinstance(engine, Summed):
@@ -108,7 +118,7 @@ class BlockHessian:
         matrix = found.matrix
         self.__dict__["product"] = lambda v: (matrix @ v.to(matrix)).to(v)
         if self.block.name == WHOLE:
-            self.network.take_matrix(self.block, matrix)
+            self.network.take_matrix(self.block, matrix, sure=True)
         return matrix
 
     def _watched(self, product: Matvec) -> Matvec:
@@ -127,8 +137,8 @@ class BlockHessian:
             return self.product
 
         try:
-            matrix = assemble_by_structure(
-                network, self.row, self.parameters, plan, product=product, error=self.noise()
+            matrix, self.departure = assemble_by_structure(
+                network, self.row, self.parameters, plan, product=product, error=self._rounding()
             )
         except NotStructured as reason:
             self.refused = str(reason)
@@ -143,14 +153,7 @@ class BlockHessian:
 
     def noise(self, view: Callable[[Matvec], Matvec] | None = None) -> Callable[[Vector], Vector]:
         """``v -> `` the error of its product by rounding, seen through ``view``."""
-        network = self.network
-        noise = noise_of(
-            network.objective,
-            self.parameters,
-            network.options.curvature,
-            narrow=network.narrow,
-            view=view,
-        )
+        noise = self._rounding(view)
 
         def error(vector: Vector) -> Vector:
             own, engine = noise(vector), self.product
@@ -158,7 +161,7 @@ class BlockHessian:
                 return own
             # Another route than that whose rounding was measured: what it makes of that is seen.
             there: Matvec = Recompute(
-                network.objective, self.parameters, BUILD[network.options.curvature]
+                self.network.objective, self.parameters, BUILD[self.network.options.curvature]
             )
             here: Matvec = engine
             if view is not None:
@@ -167,6 +170,22 @@ class BlockHessian:
             return torch.where(other.abs() > own.abs(), other, own)
 
         return error
+
+    def _rounding(
+        self, view: Callable[[Matvec], Matvec] | None = None
+    ) -> Callable[[Vector], Vector]:
+        """The same of a recomputed product."""
+        return noise_of(
+            self.network.objective,
+            self.parameters,
+            self.network.options.curvature,
+            narrow=self.network.narrow,
+            view=view,
+        )
+
+    def with_departure(self, noise: Noise) -> Noise:
+        """The noise of the assembled matrix, of ``noise`` as random vectors show it."""
+        return noise if self.departure is None else self.departure.within(noise)
 
     def matrix_noise(self) -> Callable[[Vector], Vector]:
         """``v -> `` the error of the assembled matrix's product by rounding, whoever made it."""
@@ -199,7 +218,21 @@ class BlockHessian:
         """H from the whole network's matrix, where that is there."""
         if self.block.name == WHOLE:
             return self.network.matrix
-        return self.network.cut(self.block)
+        cut = self.network.cut(self.block)
+        if cut is None or self.network.sure or self.departure is not None:
+            return cut
+        return None if self.refused else self._verified(cut)
+
+    def _verified(self, cut: Tensor) -> Tensor | None:
+        """``cut`` if it is right in its own scale, of which the whole's may have shown nothing."""
+        try:
+            self.departure = verify(
+                cut, self.network, self.row, self.parameters, self._rounding()
+            )
+        except NotStructured as reason:
+            self.refused = str(reason)
+            return None
+        return cut
 
     def through(self, view: Callable[[Matvec], Matvec], row: Row) -> Tensor:
         """PᵀHP from products through P, where the means of far inputs cancel inside the network.

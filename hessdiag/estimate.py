@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from hessdiag.analysis import pick_device
+from hessdiag.block_hessian import STRUCTURE
 from hessdiag.blocks import WHOLE, Block, find_blocks
 from hessdiag.checkpoint import Checkpoint, match_weights, read_checkpoint
 from hessdiag.curvature.engines import Difference, Engine, make_engine
 from hessdiag.curvature.loan import bare, exact_arithmetic, has_batch_statistics, loan
 from hessdiag.curvature.objective import Objective
 from hessdiag.curvature.precision import gradient_noise, noise_of
+from hessdiag.curvature.structured import Plan, make_plan
 from hessdiag.data import load_batches
 from hessdiag.names import named_parameters
 from hessdiag.network import allowed
@@ -254,7 +256,7 @@ class _Measure:
         whole = next((b.size for b in blocks if b.name == WHOLE and b.skipped is None), None)
         assembled = whole if whole is not None and whole <= self.limit else None
         if block.size > self.limit:
-            return self._matrix_free(block, self._timed(parameters))
+            return self._matrix_free(block, parameters)
         return self._exact(block, parameters, assembled)
 
     def _exact(
@@ -262,10 +264,14 @@ class _Measure:
     ) -> BlockEstimate:
         """By its matrix: ``assembled``, the size of the whole network's, is not made twice."""
         cut = assembled is not None and block.name != WHOLE
-        timed = self._timed(parameters, products=not cut)
-        count = 0 if cut else block.size
+        plan = None if cut else self._plan(parameters)
+        by_products = block.size if plan is None else len(plan.others)
+        timed = self._timed(parameters, products=0 if cut else max(by_products, 1))
+        count = 0 if cut else block.size if plan is None else plan.products
         # Two measurements for the rows, one for the equilibrated matrix.
         seconds = timed.build + timed.gradient + 3 * timed.noise
+        if plan is not None:
+            seconds += self.dense.multiply_seconds(plan.flops(self.objective.batches.rows))
         seconds += (count + 2 * (not cut)) * timed.product + self.dense.seconds(block.size)
         # A congruence: one measurement for its rows, one for its equilibrated matrix.
         view = 2 * timed.noise + self.dense.seconds(block.size)
@@ -274,24 +280,36 @@ class _Measure:
         matrix = 8 * block.size**2
         held = 8 * assembled**2 if cut and assembled is not None else 0
         solve = self.peak.held() + round((1 + DENSE_COPIES) * matrix)
-        halves = self._halves(timed) if not cut else self._halves(self._timed(parameters))
+        halves = (
+            self._halves(timed)
+            if not cut
+            else self._halves(self._timed(parameters, products=HALF_PRODUCTS))
+        )
         return BlockEstimate(
             name=block.name,
             size=block.size,
             skipped=None,
             method="cut from whole" if cut else "exact",
-            engine=timed.engine,
+            engine=timed.engine if plan is None else STRUCTURE,
             products=self.networks * count,
             noise_products=noise + 2 * self.networks * (not cut),
             seconds=seconds + (self.networks + self.views) * halves,
             memory=held + max(solve, timed.memory + matrix),
         )
 
-    def _matrix_free(self, block: Block, timed: _Timed) -> BlockEstimate:
+    def _plan(self, parameters: Sequence[nn.Parameter]) -> Plan | None:
+        """How the matrix would be made by structure, where that is quicker."""
+        if self.options.engine != "auto":
+            return None
+        plan = make_plan(self.objective, parameters)
+        return plan if plan.worthwhile else None
+
+    def _matrix_free(self, block: Block, parameters: Sequence[nn.Parameter]) -> BlockEstimate:
         """From products alone, at the most that they may be."""
         options, size = self.options, block.size
         like = next(iter(self.named.values()))
         budget = allowed(options, size, like)
+        timed = self._timed(parameters, products=budget.products(size))
         power = budget.power
         steps = options.steps if power else min(options.steps, size)
         forecast, depth = min(budget.forecast, size), min(budget.density, size)
@@ -324,8 +342,11 @@ class _Measure:
             return 0.0
         return timed.build + HALF_PRODUCTS * timed.product
 
-    def _timed(self, parameters: Sequence[nn.Parameter], *, products: bool = True) -> _Timed:
-        """Time what a block does with its engine; none is built where there are no ``products``."""
+    def _timed(self, parameters: Sequence[nn.Parameter], *, products: int) -> _Timed:
+        """Time what a block does with its engine, which is built where ``products`` are wanted.
+
+        One is timed where all columns come by structure, too: a pass of that takes as long.
+        """
         options = self.options
         self.peak.begin()
         size = sum(p.numel() for p in parameters)
@@ -345,6 +366,7 @@ class _Measure:
                 curvature=options.curvature,
                 engine=options.engine,
                 memory_budget=options.memory_budget,
+                products=products,
             )
             build = self._now() - started
             made = engine

@@ -54,7 +54,7 @@ def make_fingerprint(
             fields[name] = list(value) if isinstance(value, tuple) else value
     if options.engine == "difference":
         # The other engines agree to rounding; its products do not.
-        fields["products"] = options.engine
+        fields["engine"] = options.engine
     if any(parse_variant(name).coordinates in REPLAYED for name in options.variants or ()):
         fields["batches"] = _hash_in_order(batches)
     fields["exact_limit"] = exact_limit(options, device_type)

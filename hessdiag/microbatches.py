@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from hessdiag.curvature.engines import BUILD, graph_bytes
 from hessdiag.curvature.loan import has_batch_statistics
-from hessdiag.curvature.objective import SAME, Objective
+from hessdiag.curvature.objective import Objective
 from hessdiag.data import Batches, is_stack, row_count, take
 from hessdiag.distributed import Alone
 from hessdiag.distributed.pieces import divided
+from hessdiag.errors import is_out_of_memory
 from hessdiag.options import Curvature
 
 MEASURED_ROWS = 4
@@ -27,37 +29,62 @@ def most_rows(objective: Objective) -> int:
 
 
 def why_not_cut(objective: Objective) -> str | None:
-    """Why its batches must stay whole; None where they may be cut.
-
-    Cost:
-        The losses and gradients of a few rows.
-    """
+    """Why none of its batches can be cut; None where they have rows to cut between."""
     if has_batch_statistics(objective.model):
         return "BatchNorm takes its statistics over a batch"
     if objective.units is None or not all(is_stack(b) for b in objective.batches.items):
         return "not every tensor of a batch has a row per example"
-    if not _is_mean_over_rows(objective):
-        return "a batch's loss is not the mean over its rows"
     return None
 
 
 def cut(objective: Objective, rows: int) -> Objective:
     """The same objective with batches of at most ``rows`` rows; weights are exact.
 
-    A part counts by its own units in its batch's; one without any is left out.
+    A part counts by its own units in its batch's; one without any is left out. A batch whose
+    parts have not its loss stays whole, whatever its rows; :func:`whole` finds those.
+
+    Cost:
+        Twice the loss of all batches that are cut, and of their parts, shared among the ranks.
     """
+    parts: dict[int, list[tuple[Any, float]]] = {}
+    for index, (batch, share) in enumerate(objective):
+        count = -(-row_count(batch) // rows)
+        if count > 1:
+            own = divided([batch], [share], count, objective.units).pieces
+            parts[index] = [(p.batch, p.share) for piece in own for p in piece]
+    for index in _not_sums(objective, parts):
+        del parts[index]
     items: list[Any] = []
     shares: list[float] = []
-    for batch, share in objective:
-        parts = -(-row_count(batch) // rows)
-        if parts == 1:
-            items.append(batch)
-            shares.append(share)
-            continue
-        for own in divided([batch], [share], parts, objective.units).pieces:
-            items += [piece.batch for piece in own]
-            shares += [piece.share for piece in own]
+    for index, (batch, share) in enumerate(objective):
+        for part, its_share in parts.get(index, [(batch, share)]):
+            items.append(part)
+            shares.append(its_share)
     return replace(objective, batches=_with(objective.batches, items, shares))
+
+
+def whole(objective: Objective, rows: int) -> list[Any]:
+    """The batches that were too large for ``rows``, and were not cut."""
+    return [batch for batch in objective.batches.items if row_count(batch) > rows]
+
+
+def _not_sums(objective: Objective, parts: Mapping[int, Sequence[tuple[Any, float]]]) -> list[int]:
+    """Batches that must stay whole, as all ranks know them; each looks at its share of them."""
+    group, indices = objective.group, list(parts)
+
+    def wrong() -> Tensor:
+        own = {index: parts[index] for index in indices[group.rank :: group.size]}
+        try:
+            found = objective.not_sums(own)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            found = set(own)
+        return torch.tensor([float(index in found) for index in indices], dtype=torch.float64)
+
+    if not indices:
+        return []
+    return [index for index, bad in zip(indices, group.summed(wrong).tolist(), strict=True) if bad]
 
 
 def rows_that_fit(
@@ -89,29 +116,6 @@ def _bytes(
 ) -> int:
     alone = replace(objective, batches=_with(objective.batches, [batch], [1.0]), group=Alone())
     return graph_bytes(alone, parameters, BUILD[curvature])
-
-
-def _is_mean_over_rows(objective: Objective) -> bool:
-    """Whether the halves of a few rows have their loss and their gradient."""
-    largest = max(objective.batches.items, key=row_count)
-    few = take(largest, slice(0, min(2 * MEASURED_ROWS, row_count(largest))))
-    units = objective.units
-    if units is None or row_count(largest) < 2:
-        return units is not None
-    if float(units(few)) <= 0:  # none of these rows counts
-        few = largest
-    whole = replace(objective, batches=_with(objective.batches, [few], [1.0]), group=Alone())
-    parts = cut(whole, -(-row_count(few) // 2))
-    parameters = [p for p in objective.model.parameters() if p.dtype in SAME]
-    limit = SAME[parameters[0].dtype]
-    sizes = [
-        replace(parts, batches=_with(parts.batches, [batch], [share])) for batch, share in parts
-    ]
-    losses, slopes = [p.value() for p in sizes], [p.gradient(parameters) for p in sizes]
-    scale = sum(abs(loss) for loss in losses)
-    slope = sum(float(part.norm()) for part in slopes)
-    apart = float((parts.gradient(parameters) - whole.gradient(parameters)).norm())
-    return abs(parts.value() - whole.value()) <= limit * scale and apart <= limit * slope
 
 
 def _with(batches: Batches, items: Sequence[Any], shares: Sequence[float]) -> Batches:

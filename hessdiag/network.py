@@ -78,6 +78,7 @@ class Network:
         given: The objective, whatever its batches were cut into in ``objective``.
         relief: What the present block does without for want of memory.
         errors: What its entries may be wrong by, where it was assembled by differences.
+        sure: It is a matrix of products, so each layer's part is right in that layer's own scale.
         slices: Of each parameter in ``matrix``.
         halves: The objective on each half of the data, with ``max_examples``.
         loss: Over the dataset.
@@ -98,6 +99,7 @@ class Network:
         self.named: dict[str, nn.Parameter] = dict(named_parameters(objective.model))
         self.matrix: Tensor | None = None
         self.errors: Tensor | None = None
+        self.sure = False
         self.slices: dict[str, tuple[int, int]] = {}
         self.halves: list[Objective] = []
         self.loss = 0.0
@@ -207,9 +209,15 @@ class Network:
                 columns=columns,
             )
 
-    def take_matrix(self, block: Block, matrix: Tensor, errors: Tensor | None = None) -> None:
-        """Cut the layers from ``matrix``, which was assembled for ``block``, the whole network."""
+    def take_matrix(
+        self, block: Block, matrix: Tensor, errors: Tensor | None = None, *, sure: bool = False
+    ) -> None:
+        """Cut the layers from ``matrix``, which was assembled for ``block``, the whole network.
+
+        It is one of products where it is known for ``sure``, and wherever an engine was named.
+        """
         self.matrix, self.errors = matrix, errors
+        self.sure = sure or self.options.engine != "auto"
         ends = accumulate(self.named[name].numel() for name in block.parameters)
         self.slices = {
             name: (end - self.named[name].numel(), end)

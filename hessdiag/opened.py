@@ -120,6 +120,8 @@ class Opened:
             gradient=10 * float(self.gradient_error.norm()),
             coarse=network.differences,
         )
+        if self.exact:
+            noise = self.hessian.with_departure(noise)
         peak = float(noise.seen.max())
         if peak > 0 and not SQUARES[0] < peak < SQUARES[1]:
             raise InputError(

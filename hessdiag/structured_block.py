@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from hessdiag.conditioning.spectrum import NOISE_FACTOR, zero_tolerance
 from hessdiag.curvature.engines import BUILD, Recompute
 from hessdiag.curvature.structured import NotStructured, Plan, make_plan, structured_matrix
 from hessdiag.network import Network, Row
-from hessdiag.solve.problem import ROW_FACTOR, noise_vector
+from hessdiag.solve.problem import ROW_FACTOR, Noise, noise_vector
+from hessdiag_probes.exact import equilibrate
 from hessdiag_probes.types import Matvec, Vector
 
-ROUNDING = 1e4
-"""ε, relative, that two routes to a product may differ by besides the noise as measured."""
+ROUNDING = 30.0
+"""ε of its norm that a matrix may depart from products by, whatever its size."""
+WIDER = 2.0
+"""Times as wide as those of products the intervals may become."""
+POWER_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Departure:
+    """E, by which an assembled matrix differs from products, as far as certificates need it.
+
+    The rounding of products is new in each of them; that of a matrix, and what its structure
+    misses, is a matrix of its own: ``|E v|/|v|`` of a random v is but ``1/√n`` of the norm of one
+    of rank one, and says nothing of a trace.
+
+    Attributes:
+        block: The largest of ``|E v|/|v|`` and ``|tr E|/√n``, as seen by random vectors and by
+            power iteration from them.
+        rows: The largest magnitude in each row of those products, (n,).
+    """
+
+    block: float
+    rows: Vector
+
+    def within(self, noise: Noise) -> Noise:
+        """``noise`` of a block, where its matrix departs from products by E."""
+        rows = torch.maximum(noise.rows, self.rows.to(noise.rows))
+        return replace(noise, block=max(noise.block, self.block), rows=rows)
 
 
 def structure(network: Network, parameters: list[torch.nn.Parameter]) -> Plan | None:
@@ -40,8 +70,8 @@ def assemble_by_structure(
     *,
     product: Callable[[], Matvec],
     error: Callable[[Vector], Vector],
-) -> Tensor:
-    """H of a block, verified, (n, n), float64.
+) -> tuple[Tensor, Departure]:
+    """H of a block, verified, (n, n), float64, and what it departs from products by.
 
     Args:
         network: On loan.
@@ -54,7 +84,7 @@ def assemble_by_structure(
         NotStructured: It is not the matrix of the products; the message says why.
         OutOfTime: ``--max-seconds`` are over.
     Cost:
-        ``plan.products`` passes over the dataset, and five products to verify.
+        ``plan.products`` passes over the dataset, and those of :func:`verify`.
     """
     like = torch.zeros(plan.size, dtype=parameters[0].dtype, device=parameters[0].device)
     batches = sum(1 for _ in network.objective.own())
@@ -77,8 +107,7 @@ def assemble_by_structure(
         others[:, plan.others] = (between + between.T) / 2
         matrix[plan.others] = others
         matrix[:, plan.others] = others.T
-    _verify(matrix, network, row, parameters, error)
-    return matrix
+    return matrix, verify(matrix, network, row, parameters, error)
 
 
 def _ignore(_: Vector) -> None:
@@ -101,23 +130,89 @@ def difference(
     return apart
 
 
-def _verify(
+def verify(
     matrix: Tensor,
     network: Network,
     row: Row,
     parameters: list[torch.nn.Parameter],
     error: Callable[[Vector], Vector],
-) -> None:
-    """That a random product is the same, and every row that it shows stands out from rounding."""
+) -> Departure:
+    """What the matrix departs by from products, in its own scale and equilibrated.
+
+    Args:
+        matrix: Assembled by structure for these parameters, or cut from such a one, (n, n).
+        network: On loan.
+        row: Whose name fixes the random vectors.
+        parameters: Of the block, (n,) values.
+        error: ``v -> `` the error of a product by rounding.
+    Raises:
+        NotStructured: That is more than the certificates of products leave room for, or drowns
+            rows that products resolve.
+    Cost:
+        Six products and two measurements of noise.
+    """
     like = torch.zeros(len(matrix), dtype=parameters[0].dtype, device=parameters[0].device)
-    vector = noise_vector(like, seed=network.options.seed, name=row.name, index=0)
-    apart = difference(matrix, network, parameters)(vector)
-    wrong, seen = apart.abs(), (matrix @ vector.to(matrix) - apart).abs()
+    vectors = [
+        noise_vector(like, seed=network.options.seed, name=row.name, index=index)
+        for index in range(2)
+    ]
+    away = difference(matrix, network, parameters)
+    found, first = _departure(away, vectors)
+    vector = vectors[0]
     noise = error(vector).abs().to(matrix)
-    eps = torch.finfo(like.dtype).eps
-    allowed = ROUNDING * eps * float(seen.norm()) + ROW_FACTOR * float(noise.norm())
-    if not float(wrong.norm()) <= allowed:
-        raise NotStructured("its weights act in other ways, too")
-    live, drowned = seen > ROW_FACTOR * noise, matrix.norm(dim=1) <= ROW_FACTOR * wrong
+    wrong, seen = first.abs(), (matrix @ vector.to(matrix) - first).abs()
+    norms = matrix.norm(dim=1)
+    _judge(found, matrix, noise, vector, float(torch.finfo(like.dtype).eps))
+    live, drowned = seen > ROW_FACTOR * noise, norms <= ROW_FACTOR * wrong
     if bool((live & drowned).any()):
         raise NotStructured("rounding drowns rows that products resolve")
+    alive = norms > ROW_FACTOR * torch.maximum(noise, found.rows)
+    if not bool(alive.any()):
+        return found
+    # Where rows differ in scale, a small one's part would pass for the rounding of large ones.
+    balanced = equilibrate(matrix[alive][:, alive])
+    scale = torch.zeros_like(norms)
+    scale[alive] = balanced.scale
+
+    def scaled(vector: Vector) -> Vector:
+        return scale * away((scale * vector.to(scale)).to(like))
+
+    vector = vector * alive.to(vector)
+    inside, _ = _departure(scaled, [vector])
+    noise = scale * error((scale * vector.to(scale)).to(like)).abs().to(scale)
+    _judge(inside, balanced.matrix, noise, vector, float(torch.finfo(like.dtype).eps))
+    return found
+
+
+def _departure(
+    away: Callable[[Vector], Vector], vectors: list[Vector]
+) -> tuple[Departure, Vector]:
+    """Of E from ``v -> E v``, and E times the first vector."""
+    made = [away(vector) for vector in vectors]
+    size = len(vectors[0])
+    seen = []
+    for vector, wrong in zip(vectors, made, strict=True):
+        square = float(vector.double().square().sum())
+        trace = abs(float(vector.to(wrong) @ wrong)) / square * size
+        seen += [float(wrong.norm()) / math.sqrt(square), trace / math.sqrt(size)]
+    step = max(made, key=lambda wrong: float(wrong.norm()))
+    for _ in range(POWER_STEPS):
+        length = float(step.norm())
+        if not 0 < length < math.inf:
+            break
+        step = away((step / length).to(vectors[0]))
+        made.append(step)
+        seen.append(float(step.norm()))
+    rows = torch.stack(made).abs().amax(dim=0)
+    return Departure(max(seen), rows), made[0]
+
+
+def _judge(found: Departure, matrix: Tensor, noise: Vector, vector: Vector, eps: float) -> None:
+    """That certificates which hold the departure are hardly wider than those of products."""
+    length = float(vector.double().norm())
+    norm = max(
+        float(matrix.norm(dim=1).max()), float((matrix @ vector.to(matrix)).norm()) / length
+    )
+    usual = zero_tolerance(norm, len(matrix), eps, float(noise.norm()) / length) / NOISE_FACTOR
+    if not found.block <= max(WIDER * usual, ROUNDING * eps * norm):
+        raise NotStructured("its weights act in other ways, too")

@@ -49,7 +49,13 @@ def crosscheck(
     max_examples: Annotated[
         int | None, Option(help="Take N rows, drawn with the seed.")
     ] = None,
-    engine: Annotated[str, Option(help="Of our products, as for analyze.")] = "auto",
+    engine: Annotated[
+        str,
+        Option(
+            metavar="auto|kept|linearized|recompute|difference",
+            help="How a product is computed; difference: for models without double backward.",
+        ),
+    ] = "auto",
     memory_budget: Annotated[
         str | None, Option(help="For kept graphs, such as 8G (default: half of what is free).")
     ] = None,

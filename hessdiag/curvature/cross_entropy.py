@@ -20,14 +20,15 @@ LARGE = 2**20
 ROWS_AT_ONCE = {"cpu": 2**17, "cuda": 2**23}
 """Numbers that are worked on at once: a processor's cache full, or enough to fill a GPU."""
 
-MEAN, SUM = 1, 2  # as torch numbers its reductions
+NONE, MEAN, SUM = 0, 1, 2  # as torch numbers its reductions
 
 
 @contextmanager
 def large_cross_entropy(threshold: int = LARGE) -> Iterator[None]:
     """Inside, every eager cross-entropy of that many logits and class labels keeps no copies.
 
-    Smaller ones, soft labels and what runs inside ``torch.func`` stay torch's own, bit for bit.
+    Smaller ones, soft labels and what runs inside ``torch.func`` stay torch's own, bit for bit,
+    and so does every call that torch refuses.
     Replaced is what ``functional.cross_entropy`` calls, so that every name for it is caught.
     """
     namespace: Any = torch._C._nn
@@ -41,7 +42,8 @@ def large_cross_entropy(threshold: int = LARGE) -> Iterator[None]:
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        if not _applies(input, target, threshold) or not 0.0 <= label_smoothing <= 1.0:
+        usual = 0.0 <= label_smoothing <= 1.0 and reduction in (NONE, MEAN, SUM)
+        if not usual or not _applies(input, target, weight, ignore_index, threshold):
             result: Tensor = own(input, target, weight, reduction, ignore_index, label_smoothing)
             return result
         return cross_entropy(
@@ -60,7 +62,10 @@ def large_cross_entropy(threshold: int = LARGE) -> Iterator[None]:
         namespace.cross_entropy_loss = own
 
 
-def _applies(logits: Tensor, target: Tensor, threshold: int) -> bool:
+def _applies(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignored: int, threshold: int
+) -> bool:
+    """Whether the call is large enough, and one that torch takes."""
     return (
         logits.numel() >= threshold
         and logits.dim() >= 2
@@ -69,7 +74,22 @@ def _applies(logits: Tensor, target: Tensor, threshold: int) -> bool:
         and target.device == logits.device
         and target.shape == logits.shape[:1] + logits.shape[2:]
         and not torch._C._are_functorch_transforms_active()
+        and (weight is None or _weighs(weight, logits))
+        and _are_classes(target, logits.shape[1], ignored)
     )
+
+
+def _weighs(weight: Tensor, logits: Tensor) -> bool:
+    return (
+        weight.shape == logits.shape[1:2]
+        and weight.dtype == logits.dtype
+        and weight.device == logits.device
+        and not weight.requires_grad
+    )
+
+
+def _are_classes(target: Tensor, classes: int, ignored: int) -> bool:
+    return bool((((target >= 0) & (target < classes)) | (target == ignored)).all())
 
 
 def cross_entropy(
@@ -106,16 +126,19 @@ def cross_entropy(
     counted = labels != ignore_index
     labels = torch.where(counted, labels, 0)
     ones = counted.to(logits.dtype)
-    hard = ones if weight is None else ones * weight.detach()[labels]
+    hard = ones if weight is None else ones * weight[labels]
     spread = None
     if label_smoothing > 0:
-        per_class = logits.new_ones(classes) if weight is None else weight.detach()
+        per_class = logits.new_ones(classes) if weight is None else weight
         spread = per_class * (label_smoothing / classes)
     losses: Tensor = LargeCrossEntropy.apply(  # type: ignore[no-untyped-call]
         rows, labels, (1.0 - label_smoothing) * hard, ones, spread
     )
+    # What does not count is 0 even where it is no number, and so is its part of the gradient.
+    losses = losses.masked_fill(~counted, 0.0)
     if reduction == MEAN:
-        return losses.sum() / hard.sum()
+        # As torch has it where no target weighs anything, whatever is spread over the classes.
+        return losses.sum() / hard.sum().where(hard.any(), torch.nan)
     return losses.sum() if reduction == SUM else losses.view(target.shape)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,11 +20,16 @@ from hessdiag.distributed import Alone, Group
 from hessdiag.distributed.pieces import Division, dealt, divided
 from hessdiag.errors import InputError, TaskError, is_out_of_memory
 from hessdiag.failures import batch_work
+from hessdiag_probes.random import gaussian, generator
 from hessdiag_probes.types import Vector
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
-SAME = {torch.float64: 1e-10, torch.float32: 1e-4}
+SAME = {torch.float64: 1e-10, torch.float32: 1e-5}
 """Relative differences by which a loss is taken to be the same when its batches are cut."""
+SAME_GRADIENT = {torch.float64: 1e-10, torch.float32: 1e-4}
+"""Those of its gradient, in which rows cancel."""
+NEARBY = 1e-2
+"""Relative distance of the weights at which losses are compared once more."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,11 @@ class Objective:
         if has_batch_statistics(self.model):
             return dealt(items, shares, ranks, "BatchNorm takes its statistics over a batch")
         division = divided(items, shares, ranks, self.units)
-        if division.cut is not None and not self._is_mean_over_rows(division, division.cut):
+        parts: dict[int, list[tuple[Any, float]]] = {index: [] for index in division.cut}
+        for piece in chain.from_iterable(division.pieces):
+            if piece.index in parts:
+                parts[piece.index].append((piece.batch, piece.share))
+        if self.not_sums(parts, gradients=True):
             return dealt(items, shares, ranks, "a batch's loss is not the mean over its rows")
         return division
 
@@ -94,43 +104,83 @@ class Objective:
         batches = [len(own) for own in self.division.pieces]
         return record | {"rows": self.division.rows, "batches": batches}
 
-    def _is_mean_over_rows(self, division: Division, index: int) -> bool:
-        """Whether the pieces of a batch have its loss and its gradient.
+    def not_sums(
+        self, parts: Mapping[int, Sequence[tuple[Any, float]]], *, gradients: bool = False
+    ) -> set[int]:
+        """Batches whose parts have not their loss: it is not the mean over their rows.
 
+        Compared here, and at weights nearby, for parts that all fit the data perfectly have the
+        same loss and gradient however they are weighted.
+
+        Args:
+            parts: Of batches, by index; batches and shares.
+            gradients: Compare these, too, where there is memory for those of whole batches.
+        Returns:
+            Indices of the batches; also of those with a part whose loss is not finite, or raises.
         Cost:
-            Two gradients of that batch, on every rank.
+            Twice the loss of these batches, and of their parts; a gradient of both.
         """
         parameters = [p for p in self.model.parameters() if p.dtype in SAME]
-        pieces = [p for own in division.pieces for p in own if p.index == index]
-        whole = [(self.batches.items[index], self.batches.shares[index])]
         with _disable_current_modes():
-            parts = [self._total([(p.batch, p.share)], parameters) for p in pieces]
-            loss, gradient = self._total(whole, parameters)
-        limit = SAME[parameters[0].dtype]
-        # The pieces' own sizes are the scale: they may cancel in the whole.
-        size = float(sum(value.abs() for value, _ in parts))
-        slope = float(sum(part.norm() for _, part in parts))
-        return bool(
-            (sum(value for value, _ in parts) - loss).abs() <= limit * size
-            and (sum(part for _, part in parts) - gradient).norm() <= limit * slope
-        )
+            found = {index for index in parts if not self._is_sum(index, parts[index])}
+            with moved(parameters, _nearby(parameters)):
+                for index in parts.keys() - found:
+                    same = self._is_sum(index, parts[index])
+                    if same and gradients:
+                        same = self._has_gradient(index, parts[index], parameters)
+                    found |= set() if same else {index}
+        return found
 
-    def _total(
+    def _is_sum(self, index: int, parts: Sequence[tuple[Any, float]]) -> bool:
+        whole = (self.batches.items[index], self.batches.shares[index])
+        try:
+            values = [
+                share * self.evaluate(batch).detach().double() for batch, share in (whole, *parts)
+            ]
+        except TaskError:  # the loss wants more rows than a part has
+            return False
+        # The parts' own sizes are the scale: they may cancel in the whole.
+        size = float(sum(value.abs() for value in values))
+        dtype = next(p.dtype for p in self.model.parameters() if p.dtype in SAME)
+        floor = 100 * torch.finfo(dtype).eps ** 2  # squares of residuals that are rounding
+        apart = float((sum(values[1:]) - values[0]).abs())
+        return math.isfinite(size) and apart <= SAME[dtype] * size + floor
+
+    def _has_gradient(
+        self,
+        index: int,
+        parts: Sequence[tuple[Any, float]],
+        parameters: Sequence[nn.Parameter],
+    ) -> bool:
+        whole = (self.batches.items[index], self.batches.shares[index])
+        try:
+            total = self._gradient([whole], parameters)
+            size = float(total.norm())
+            for part in parts:
+                slope = self._gradient([part], parameters)
+                size += float(slope.norm())
+                total -= slope
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                return True  # the losses agree
+            raise
+        limit = SAME_GRADIENT[total.dtype]
+        return math.isfinite(size) and float(total.norm()) <= limit * size
+
+    def _gradient(
         self, batches: Iterable[tuple[Any, float]], parameters: Sequence[nn.Parameter]
-    ) -> tuple[Tensor, Vector]:
-        """The loss and its gradient over these batches."""
+    ) -> Vector:
+        """The gradient over these batches."""
         slope = zeros(parameters)
-        value = torch.zeros((), dtype=torch.float64, device=slope.device)
         with only(parameters):
             for batch, share in batches:
                 loss = self.evaluate(batch)
-                value += share * loss.detach().to(value)
                 if loss.requires_grad:
                     parts = torch.autograd.grad(
                         loss, parameters, allow_unused=True, materialize_grads=True
                     )
                     slope += share * flatten(parts)
-        return value, slope
+        return slope
 
     def summed(self, part: Callable[[], Vector], argument: Vector | None = None) -> Vector:
         """The sum over all ranks of ``part``, this one's share; see :class:`Group`."""
@@ -189,7 +239,7 @@ class Objective:
         """The gradient over the dataset, flattened in the order of ``parameters``."""
 
         def part() -> Vector:
-            return self._total(self.own(), parameters)[1]
+            return self._gradient(self.own(), parameters)
 
         return self.summed(part)
 
@@ -225,6 +275,21 @@ def zeros(parameters: Sequence[nn.Parameter]) -> Vector:
     """A zero vector of the block."""
     size = sum(p.numel() for p in parameters)
     return torch.zeros(size, dtype=parameters[0].dtype, device=parameters[0].device)
+
+
+def _nearby(parameters: Sequence[nn.Parameter]) -> Vector:
+    """A random step of each parameter, in proportion to its size."""
+    flat = flatten([p.data for p in parameters])
+    usual = float(flat.double().square().mean().sqrt()) or 1.0
+    sizes = [float(p.data.double().square().mean().sqrt()) or usual for p in parameters]
+    step = gaussian(
+        len(flat),
+        generator=generator(0, "objective", "weights nearby"),
+        dtype=flat.dtype,
+        device=flat.device,
+    )
+    pieces = unflatten(step, parameters)
+    return flatten([NEARBY * s * piece for s, piece in zip(sizes, pieces, strict=True)])
 
 
 def flatten(parts: Sequence[Tensor]) -> Vector:

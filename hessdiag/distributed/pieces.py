@@ -36,12 +36,12 @@ class Division:
 
     Attributes:
         pieces: By rank, in the order of the data.
-        cut: Index of the largest batch that was cut; None where none was.
+        cut: Indices of the batches that were cut.
         reason: Why they were not, where that leaves ranks with unequal parts; empty otherwise.
     """
 
     pieces: tuple[tuple[Piece, ...], ...]
-    cut: int | None
+    cut: tuple[int, ...] = ()
     reason: str = ""
 
     @property
@@ -64,7 +64,7 @@ def dealt(items: Sequence[Any], shares: Sequence[float], ranks: int, reason: str
         loads[rank] += piece.rows
     pieces = tuple(tuple(sorted(own, key=lambda piece: piece.index)) for own in owned)
     even = max(loads) <= EVEN * min(loads)
-    return Division(pieces, cut=None, reason="" if even else reason)
+    return Division(pieces, reason="" if even else reason)
 
 
 def divided(
@@ -86,7 +86,7 @@ def divided(
         return dealt(items, shares, ranks, "not every tensor of a batch has a row per example")
     ends = [total * rank // ranks for rank in range(1, ranks + 1)]
     parts: list[list[Piece]] = [[] for _ in range(ranks)]
-    cut: int | None = None
+    cut: list[int] = []
     for index, (batch, size) in enumerate(zip(items, rows, strict=True)):
         start = sum(rows[:index])
         inside = [
@@ -98,14 +98,14 @@ def divided(
             for rank, _, _ in inside:
                 parts[rank].append(Piece(batch, shares[index], size, index))
             continue
-        cut = index if cut is None or size > rows[cut] else cut
+        cut.append(index)
         taken = [(rank, _rows(batch, first, last)) for rank, first, last in inside]
         counts = [float(units(piece)) for _, piece in taken]
         for (rank, piece), count in zip(taken, counts, strict=True):
             if count > 0:
                 share = shares[index] * count / sum(counts)
                 parts[rank].append(Piece(piece, share, row_count(piece), index))
-    return Division(tuple(map(tuple, parts)), cut=cut)
+    return Division(tuple(map(tuple, parts)), cut=tuple(cut))
 
 
 def _rows(batch: Any, first: int, last: int) -> Any:

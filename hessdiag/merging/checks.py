@@ -27,7 +27,7 @@ def check_same_analysis(first: Source, other: Source) -> None:
         StoreError: The message names what differs.
     """
     ours, theirs = first.fingerprint, other.fingerprint
-    found = [*differing(ours, theirs), *differing(theirs, ours)]
+    found = differing(ours, theirs)
     # Of variants that replay gradients only, the order of the batches is told.
     apart = set() if "batches" in ours and "batches" in theirs else {"batches"}
     names = sorted(set(found) - JOINED - apart)

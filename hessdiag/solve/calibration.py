@@ -26,6 +26,7 @@ class DenseTimes:
         self.device = device
         self.known: dict[int, float] = {}
         self.per_number: float | None = None
+        self.per_flop: float | None = None
 
     def seconds(self, size: int) -> float:
         """Of one dense solve, its noise apart."""
@@ -47,6 +48,17 @@ class DenseTimes:
             basis @ vector
             self.per_number = (self._now() - started) / (PASSES * LONG)
         return self.per_number * size
+
+    def multiply_seconds(self, flops: float) -> float:
+        """Of so many additions and multiplications in products of large matrices."""
+        if self.per_flop is None:
+            size = SIZES[1]
+            matrix = torch.zeros(size, size, dtype=torch.float64, device=self.device)
+            matrix @ matrix
+            started = self._now()
+            matrix @ matrix
+            self.per_flop = (self._now() - started) / (2 * size**3)
+        return self.per_flop * flops
 
     def _timed(self, size: int) -> float:
         if size not in self.known:

@@ -52,7 +52,7 @@ def solve_exact(matrix: Tensor, problem: Problem) -> Solved:
         maths 1.1–1.5; huge range by 1.6 (iv).
     """
     cleaned = without_noise(matrix, problem.noise)
-    matrix, inactive, doubt = cleaned.matrix, cleaned.dead, cleaned.doubt
+    matrix, inactive, doubt, lost = cleaned.matrix, cleaned.dead, cleaned.doubt, cleaned.lost
     if problem.doubt is not None:
         doubt = torch.hypot(doubt, problem.doubt.to(doubt))
     matrix.diagonal().add_(problem.shift)
@@ -60,10 +60,10 @@ def solve_exact(matrix: Tensor, problem: Problem) -> Solved:
     values = common_fields(problem, int(inactive.sum()), "exact")
     if not bool((norms > 0).any()):
         if bool((doubt > 0).any()):
-            return Solved(values | drowned_fields(problem), {}, _rows(matrix, problem, doubt))
+            return Solved(values | drowned_fields(problem), {}, _rows(matrix, problem, doubt, lost))
         nothing = {"eigenvalue": np.zeros(len(norms))}
         fields = zero_fields(problem, len(norms))
-        return Solved(values | fields, nothing, _rows(matrix, problem, doubt))
+        return Solved(values | fields, nothing, _rows(matrix, problem, doubt, lost))
     live = norms > 0
     active = matrix[live][:, live]
     spectrum, vector, seen = _decompose(active, live, problem)
@@ -90,7 +90,7 @@ def solve_exact(matrix: Tensor, problem: Problem) -> Solved:
     values["gd_rate_applies"] = _rate_applies(full, problem)
     values["notes"] = [*_notes(full), *_disagreement(seen, problem.inertia)]
     arrays = {"eigenvalue": full.value} | _extremes(full, vector, live)
-    return Solved(values, arrays, _rows(matrix, problem, doubt))
+    return Solved(values, arrays, _rows(matrix, problem, doubt, lost))
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,13 @@ class Cleaned:
         dead: Which, (n,).
         doubt: Norms of the zeroed rows that may be real, as those of some hundred times their own
             noise, (n,); 0 for all others.
+        lost: Norms of what the other rows had in the zeroed columns, (n,).
     """
 
     matrix: Tensor
     dead: Tensor
     doubt: Vector
+    lost: Vector
 
 
 def without_noise(matrix: Tensor, noise: Noise) -> Cleaned:
@@ -117,8 +119,9 @@ def without_noise(matrix: Tensor, noise: Noise) -> Cleaned:
         dead = torch.ones_like(dead)
     clean = matrix.clone()
     clean[dead] = 0.0
+    lost = clean[:, dead].norm(dim=1)
     clean[:, dead] = 0.0
-    return Cleaned(clean, dead, noise.doubtful(norms, dead))
+    return Cleaned(clean, dead, noise.doubtful(norms, dead), lost)
 
 
 def positive_floor(matrix: Tensor, problem: Problem) -> float | None:
@@ -320,8 +323,11 @@ def _extremes(spectrum: ExactSpectrum, vector: Tensor, live: Tensor) -> dict[str
     return {"vector": embedded.cpu().numpy(), "vector_value": alive[chosen]}
 
 
-def _rows(matrix: Tensor, problem: Problem, doubt: Vector) -> dict[str, Array]:
-    """Row norms and diagonal, weight decay included, with their rounding bounds."""
+def _rows(matrix: Tensor, problem: Problem, doubt: Vector, lost: Vector) -> dict[str, Array]:
+    """Row norms and diagonal, weight decay included, with their rounding bounds.
+
+    Zeroed columns take nothing from the diagonal of a row that is left.
+    """
     norm, diagonal = matrix.norm(dim=1), matrix.diagonal()
     slack = doubt + 10 * problem.noise.rows.to(norm)
     if problem.rounding is not None:
@@ -332,7 +338,7 @@ def _rows(matrix: Tensor, problem: Problem, doubt: Vector) -> dict[str, Array]:
         for name, tensor in {
             "norm": norm,
             "norm_low": (norm - slack).clamp_min(0.0),
-            "norm_high": norm + slack,
+            "norm_high": norm + slack + lost,
             "diagonal": diagonal,
             "diagonal_low": diagonal - slack,
             "diagonal_high": diagonal + slack,

@@ -26,7 +26,7 @@ BLOCK = re.compile(r"block-\d{4,}-[^/]+\.part")
 
 def parts_folder(path: Path) -> Path:
     """Where the parts of the run at ``path`` are kept until it is complete."""
-    return path.with_name(path.name + SUFFIX)
+    return path.parent / f"{path.name}{SUFFIX}"  # with_name refuses `.`
 
 
 def block_name(index: int, variant: str) -> str:

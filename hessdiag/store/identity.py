@@ -8,10 +8,21 @@ from typing import Any
 
 from hessdiag.errors import StoreError
 
+EQUAL = 1e-12
+LOSS_TOLERANCE = {"float64": EQUAL, "float32": 1e-5}
+"""Relative; of the same loss summed in another order of batches, or over other ranks."""
+
 
 def differing(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """The fields by which a stored analysis is not the wanted one."""
-    return [name for name in wanted if not _same(stored.get(name), wanted[name])]
+    loss = LOSS_TOLERANCE.get(str(wanted.get("dtype")), LOSS_TOLERANCE["float64"])
+    return [
+        name
+        for name in dict.fromkeys((*wanted, *stored))
+        if not _same(
+            stored.get(name), wanted.get(name), tolerance=loss if name == "loss" else EQUAL
+        )
+    ]
 
 
 def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
@@ -29,8 +40,7 @@ def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: Path)
         )
 
 
-def _same(stored: Any, wanted: Any) -> bool:
+def _same(stored: Any, wanted: Any, *, tolerance: float) -> bool:
     if isinstance(wanted, float) and isinstance(stored, (int, float)):
-        # The same loss summed in another order of batches.
-        return abs(stored - wanted) <= 1e-12 * abs(wanted)
+        return abs(stored - wanted) <= tolerance * abs(wanted)
     return bool(stored == wanted) or (stored is None and wanted == {})

@@ -97,6 +97,7 @@ def _batch(
         changed, joined = _joined(objective, before, units)
         notes += joined
     insert_batch(layers, found, edits, detached=detached)
+    changed = replace(changed)  # how ranks share the data was found without the normalisation
     _check_same(changed, before)
     names = {layer.name for layer in layers}
     return _described(changed, folded, notes, names, same_function=True)

@@ -77,23 +77,28 @@ class Drift:
             return 0.0
 
         def excess(log_step: float) -> float:
-            total = _response(diagonal, offdiagonal, end + math.exp(log_step), weight)
+            total = _response(end - diagonal, offdiagonal, math.exp(log_step), weight)
             return math.inf if total is None else total - least
 
         high = math.log(size / least)  # ‖y‖ is at most the inverse of the distance
         low = high + math.log(least) - 60.0
         tiny = 1e-13 * max(float(np.abs(diagonal).max()), float(np.max(offdiagonal, initial=0.0)))
         low = max(low, math.log(tiny)) if tiny > 0 else low
+        if excess(high) >= 0:  # by rounding alone
+            return math.exp(high) * (1 + 2e-6)
         if low >= high or excess(low) <= 0:
             return math.exp(low)
-        capped = float(brentq(lambda s: min(excess(s), 1e300), low, high + 1e-6, xtol=1e-6))
+        capped = float(brentq(lambda s: min(excess(s), 1e300), low, high, xtol=1e-6))
         return math.exp(capped) * (1 + 2e-6)
 
 
-def _response(diagonal: Array, offdiagonal: Array, node: float, weight: Array) -> float | None:
-    """``Σ_j w_j y_j`` for ``(node - T) y = e_1``; None where ``node - T`` is not definite."""
-    pivots = node - diagonal
-    for j in range(len(diagonal) - 2, -1, -1):
+def _response(gaps: Array, offdiagonal: Array, step: float, weight: Array) -> float | None:
+    """``Σ_j w_j y_j`` for ``(θ + step - T) y = e_1``; None where that matrix is not definite.
+
+    ``gaps`` are those of the diagonal of ``T`` to ``θ``, lest a small step drown in ``θ``.
+    """
+    pivots = gaps + step
+    for j in range(len(gaps) - 2, -1, -1):
         if pivots[j + 1] <= 0:
             return None
         pivots[j] -= offdiagonal[j] ** 2 / pivots[j + 1]
@@ -101,7 +106,7 @@ def _response(diagonal: Array, offdiagonal: Array, node: float, weight: Array) -
         return None
     entry = 1.0 / pivots[0]
     total = weight[0] * entry
-    for j in range(1, len(diagonal)):
+    for j in range(1, len(gaps)):
         entry *= offdiagonal[j - 1] / pivots[j]
         total += weight[j] * entry
     return float(total)

@@ -118,6 +118,8 @@ def test_a_run_that_is_there_is_replaced_by_force_only(hessdiag, parts, here):
     [
         (["run.shard-1-of-2.h5", "-o", "run.h5"], "the shard 2/2 is missing; make it by"),
         (["run.shard-1-of-2.h5", "absent.h5", "-o", "run.h5"], "absent.h5 does not exist"),
+        (["run.shard-1-of-2.h5", ".", "-o", "run.h5"], ". is not a file"),
+        (["..", "run.shard-1-of-2.h5", "-o", "run.h5"], ".. is not a file"),
         (["run.shard-1-of-2.h5", "-o", "no/run.h5"], "the folder of no/run.h5 does not exist"),
         (["run.shard-1-of-2.h5", "-o", "run.shard-1-of-2.h5"], "is one of the runs to merge"),
     ],

@@ -166,12 +166,12 @@ def test_symmetries_are_found_by_differences(once):
 def test_the_run_says_how_its_products_were_made(once):
     run, _, _ = once
     assert any("differences of gradients" in warning for warning in run.provenance.warnings)
-    assert run.provenance.fingerprint["products"] == "difference"
+    assert run.provenance.fingerprint["engine"] == "difference"
     assert run.provenance.environment["engine"]["whole"] == "difference"
 
 
 def test_other_engines_leave_no_mark_in_the_fingerprint(once):
-    assert "products" not in once[1].provenance.fingerprint
+    assert "engine" not in once[1].provenance.fingerprint
 
 
 def test_without_the_engine_it_is_refused_and_the_engine_is_named(once):

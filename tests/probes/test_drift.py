@@ -6,7 +6,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
+from hessdiag_probes import generator, lanczos, sphere
+from hessdiag_probes.basis import Storage
 from hessdiag_probes.drift import Drift
 
 
@@ -35,3 +38,13 @@ def test_vectors_that_may_be_dependent_certify_no_ritz_pair():
     drift = Drift(np.array([0.1, 0.1]), start=0.0, overlap=1.5)
     assert drift.reach == math.inf
     assert (drift.residuals(0.1, np.eye(2)) == math.inf).all()
+
+
+@pytest.mark.parametrize("value", [0.3, 1.0, 7.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_ends_of_a_multiple_of_the_identity_hold_it(value, seed):
+    start = sphere(150, generator=generator(seed, "start"), dtype=torch.float64)
+    run = lanczos(lambda v: value * v, start, 12, storage=Storage(dtype=torch.float32))
+    low, high = run.ritz().ends(1e-3)
+    assert low <= value <= high
+    assert high - low < 1e-4 * value

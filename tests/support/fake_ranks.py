@@ -22,6 +22,23 @@ class Apart(Alone):
         self.size = size
 
 
+class InTurn(Alone):
+    """All ranks, one after the other: a sum is over what each of them has as its part."""
+
+    def __init__(self, size: int) -> None:
+        self.rank = 0
+        self.size = size
+
+    def summed(self, part, argument=None):
+        del argument
+        parts = []
+        for rank in range(self.size):
+            self.rank = rank
+            parts.append(part())
+        self.rank = 0
+        return sum(parts)
+
+
 class Meeting:
     """Where threads meet: each waits until all have brought their item of this round."""
 

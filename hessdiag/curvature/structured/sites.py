@@ -111,6 +111,12 @@ class Plan:
         """
         return bool(self.sites) and self.size - self.products >= LEAST_SAVED
 
+    def flops(self, rows: int) -> float:
+        """Additions and multiplications of the matrix products over so many samples, about."""
+        columns = self.size - len(self.others)
+        # Two for each number, of which symmetry saves half.
+        return float(rows * columns * sum(site.directions * site.features for site in self.sites))
+
 
 def make_plan(objective: Objective, parameters: Sequence[nn.Parameter]) -> Plan:
     """Which columns of a block's matrix are made by structure; the same on every rank.

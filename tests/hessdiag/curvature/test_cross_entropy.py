@@ -173,12 +173,55 @@ def test_two_equal_scores_far_above_the_rest_share_all_probability():
     assert not hessian[2:].any()
 
 
-def test_where_no_target_counts_the_mean_is_undefined_and_the_sum_is_zero():
-    nothing = torch.full((ROWS,), -100)
+NOTHING = torch.full((ROWS,), -100)
+NO_WEIGHT = torch.full((ROWS,), 3)
+
+
+@pytest.mark.parametrize("labels", [NOTHING, NO_WEIGHT, NOTHING.where(LABELS != 3, 3)])
+@pytest.mark.parametrize("options", [{"weight": WEIGHTS}, SOME], ids=["sharp", "smoothed"])
+@pytest.mark.parametrize("caught", [False, True])
+def test_where_nothing_is_weighed_the_mean_is_torchs_and_so_is_its_gradient(
+    labels, options, caught
+):
+    """Undefined; but of ignored targets the gradient is zero."""
+
+    def loss(z):
+        value = F.cross_entropy(z, labels, **options)
+        assert value.isnan()
+        return value.nan_to_num() if caught else value
+
     with counted() as calls:
-        assert F.cross_entropy(scores(), nothing).isnan()
-        found = derivatives(lambda z: F.cross_entropy(z, nothing, reduction="sum"), scores())
-    assert len(calls) == 2
+        value, slope, hessian = derivatives(loss, scores())
+    assert calls
+    wanted = derivatives(loss, scores())
+    for found, known in zip((value, slope, hessian), wanted, strict=True):
+        assert torch.equal(found.nan_to_num(7.0), known.nan_to_num(7.0))
+    ignored = labels == -100
+    assert not slope[ignored].any()
+    assert slope[~ignored].isnan().all()
+    assert not hessian.reshape(-1, ROWS, CLASSES)[:, ignored].any()
+
+
+@pytest.mark.parametrize("options", [{}, SOME], ids=["plain", "some"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_what_is_ignored_spoils_no_value_by_being_no_number(wrong, reduction, options):
+    def loss(z):
+        rows = torch.cat([z[:1], torch.full((1, CLASSES), wrong, **DOUBLE), z[2:]])
+        labels = torch.tensor([0, -100, 3, 2, 1])
+        return F.cross_entropy(rows, labels, reduction=reduction, **options).sum()
+
+    with counted() as calls:
+        found = derivatives(loss, scores())
+    assert calls
+    assert not any(part.isnan().any() for part in found)
+    assert_close(found, derivatives(loss, scores()))
+
+
+def test_where_no_target_counts_the_sum_is_zero():
+    with counted() as calls:
+        found = derivatives(lambda z: F.cross_entropy(z, NOTHING, reduction="sum"), scores())
+    assert calls
     assert not any(part.any() for part in found)
 
 
@@ -248,8 +291,34 @@ def test_wrong_calls_are_refused_in_torchs_words():
         F.cross_entropy(scores(), LABELS, label_smoothing=1.5)
     with counted(), pytest.raises(RuntimeError, match="Long"):
         F.cross_entropy(scores(), LABELS.int())
-    with counted(), pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+    with counted() as calls, pytest.raises(IndexError, match=r"Target 7 is out of bounds"):
         F.cross_entropy(scores(), LABELS + 1)
+    with pytest.raises(IndexError, match=r"Target -1 is out of bounds"), counted():
+        F.cross_entropy(scores(), LABELS - 1)
+    assert not calls
+
+
+WEIGHTS_THAT_TORCH_REFUSES = {
+    "too short": (WEIGHTS[:4], "all 7 classes"),
+    "too long": (torch.cat([WEIGHTS, WEIGHTS]), "all 7 classes"),
+    "float32": (WEIGHTS.float(), "expected scalar type"),
+    "whole numbers": (torch.ones(CLASSES, dtype=torch.int64), "expected scalar type"),
+    "learnt": (WEIGHTS.clone().requires_grad_(), "requires_grad"),
+    "elsewhere": (WEIGHTS.to("meta"), "device|meta"),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS_THAT_TORCH_REFUSES)
+def test_weights_that_torch_refuses_are_refused_in_torchs_words(case):
+    weight, words = WEIGHTS_THAT_TORCH_REFUSES[case]
+    labels = LABELS.clamp(max=3)  # within the shortest
+    with pytest.raises((RuntimeError, NotImplementedError)) as own:
+        F.cross_entropy(scores(), labels, weight=weight)
+    assert own.match(words)
+    with counted() as calls, pytest.raises(own.type) as found:
+        F.cross_entropy(scores(), labels, weight=weight)
+    assert not calls
+    assert str(found.value) == str(own.value)
 
 
 def objective(loss=nn.CrossEntropyLoss()):  # noqa: B008

@@ -108,6 +108,70 @@ def test_a_batch_is_cut_only_if_its_loss_is_the_mean_over_its_rows(loss, cut, ne
         assert told == [] if cut else "not the mean over its rows" in told[0]
 
 
+def masked(model, batch):
+    """A mean over the rows that count, of a task that does not say how many those are."""
+    inputs, counted = batch
+    return (model(inputs).square().mean(1) * counted).sum() / counted.sum()
+
+
+def test_every_batch_that_ranks_share_must_be_a_mean_over_its_rows(networks):
+    """Of the batches that three ranks would cut, only the smaller one has rows that count not."""
+    source = torch.Generator().manual_seed(0)
+    data = [(torch.randn(n, 3, generator=source), torch.ones(n)) for n in (20, 16, 12)]
+    data[1][1][5:15] = 0
+    with networks.lent(Task(nn.Linear(3, 2), data, masked)) as (objective, named):
+        found = parts(objective, 3, lambda batch: float(len(batch[0])))
+        assert found[0].division.rows == [20, 16, 12]
+        gradient = sum(part.gradient(list(named.values())) for part in found)
+        whole = objective.gradient(list(named.values()))
+        assert float((gradient - whole).norm()) <= 1e-12 * float(whole.norm())
+        assert sum(part.value() for part in found) == pytest.approx(objective.value(), rel=1e-12)
+
+
+def weighted(model, batch):
+    """A weighted mean, zero at the weights of the test, as its gradient is."""
+    inputs, weights, wanted = batch
+    return (weights * (model(inputs) - wanted).square().mean(1)).sum() / weights.sum()
+
+
+def only_together(model, batch):
+    if len(batch) < 8:
+        raise ValueError("too few rows")
+    return model(batch).square().mean()
+
+
+def without_any(model, batch):
+    """Of the second half of the rows none counts."""
+    counted = (batch[:, 0] > 0).to(batch)
+    return (model(batch).square().mean(1) * counted).sum() / counted.sum()
+
+
+@pytest.mark.parametrize("loss", [weighted, only_together, without_any])
+def test_a_batch_stays_whole_where_its_parts_tell_nothing_or_fail(loss, networks):
+    """They fit perfectly whatever their weights, raise, or have no finite loss."""
+    model = nn.Linear(3, 2)
+    inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)).double()
+    inputs[:, 0] = torch.arange(8.0) < 4
+    wanted = torch.zeros(8, 2)
+    batch = (inputs, torch.arange(1.0, 9.0), wanted) if loss is weighted else inputs
+    with torch.no_grad():
+        for parameter in model.parameters() if loss is weighted else ():
+            parameter.zero_()
+    with networks.lent(Task(model, [batch], loss)) as (objective, _):
+        first, _ = parts(objective, 2, lambda _: 1.0)
+        assert first.division.rows == [8, 0]
+
+
+def test_weights_are_where_they_were_once_a_batch_was_tested(networks):
+    task = Task(nn.Linear(3, 2), [torch.randn(8, 3)], balanced)
+    with networks.lent(task) as (objective, named):
+        before = [(p.data_ptr(), p.detach().clone()) for p in named.values()]
+        assert parts(objective, 2, rows)[0].division.cut == (0,)
+        for (where, value), p in zip(before, named.values(), strict=True):
+            assert p.data_ptr() == where
+            assert torch.equal(p.data, value)
+
+
 def test_batches_with_batch_statistics_stay_whole(networks):
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     data = [torch.randn(6, 3)]

@@ -1,15 +1,19 @@
 """Changes of a network: when they are made, what they say, and that they are undone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from changed_networks import changed, hessian, tanh_mlp, task
+from fake_ranks import InTurn
 from hessdiag import Task
 from hessdiag.activations import find_layers
 from hessdiag.curvature.engines import make_engine
 from hessdiag.demos.tasks import demo_task
+from hessdiag.distributed import Alone
 from hessdiag.options import Options
 from hessdiag.task import units
 from hessdiag.variants.grammar import NETWORKS
@@ -30,6 +34,21 @@ def refuses(variant, given, message, **options):
 
 def test_every_network_of_the_grammar_can_be_made():
     assert set(CHANGES) == set(NETWORKS)
+
+
+@pytest.mark.parametrize("variant", ["bn", "bn-detached"])
+def test_ranks_change_a_network_as_one_process_does(variant):
+    """Rows that bn joins see each other, so that no rank may have some of them."""
+    given = task(tanh_mlp(), 3, sizes=(5, 4, 3))
+    with lent(given) as (alone, _):
+        objective = replace(alone, group=InTurn(2), units=units(given))
+        right = alone.value()
+        with changed_network(variant, objective, Options(), units=units(given)) as found:
+            assert found.objective.value() == pytest.approx(right, rel=1e-12)
+            gradient = found.objective.gradient(list(found.objective.model.parameters()))
+            one = replace(found.objective, group=Alone())
+            whole = one.gradient(list(one.model.parameters()))
+            assert float((gradient - whole).norm()) <= 1e-12 * float(whole.norm())
 
 
 def state(model):
