@@ -75,7 +75,8 @@ class BlockHessian:
     @cached_property
     def _plan(self) -> Plan | None:
         """How the matrix would be made by structure; None where products take no longer."""
-        return structure(self.network, self.parameters)
+        # What its part of the whole's matrix misses, its own would miss.
+        return None if self.refused else structure(self.network, self.parameters)
 
     def _expected(self) -> int:
         """About how many products of the engine will be asked for."""
@@ -226,9 +227,7 @@ class BlockHessian:
     def _verified(self, cut: Tensor) -> Tensor | None:
         """``cut`` if it is right in its own scale, of which the whole's may have shown nothing."""
         try:
-            self.departure = verify(
-                cut, self.network, self.row, self.parameters, self._rounding()
-            )
+            self.departure = verify(cut, self.network, self.row, self.parameters, self._rounding())
         except NotStructured as reason:
             self.refused = str(reason)
             return None

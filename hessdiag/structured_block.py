@@ -149,70 +149,83 @@ def verify(
         NotStructured: That is more than the certificates of products leave room for, or drowns
             rows that products resolve.
     Cost:
-        Six products and two measurements of noise.
+        Seven products and two measurements of noise.
     """
     like = torch.zeros(len(matrix), dtype=parameters[0].dtype, device=parameters[0].device)
     vectors = [
         noise_vector(like, seed=network.options.seed, name=row.name, index=index)
         for index in range(2)
     ]
-    away = difference(matrix, network, parameters)
-    found, first = _departure(away, vectors)
-    vector = vectors[0]
-    noise = error(vector).abs().to(matrix)
-    wrong, seen = first.abs(), (matrix @ vector.to(matrix) - first).abs()
+    away, eps = difference(matrix, network, parameters), float(torch.finfo(like.dtype).eps)
+    found, first, noise = _judge(matrix, away, error, vectors, eps)
+    seen = (matrix @ vectors[0].to(matrix) - first).abs()
     norms = matrix.norm(dim=1)
-    _judge(found, matrix, noise, vector, float(torch.finfo(like.dtype).eps))
-    live, drowned = seen > ROW_FACTOR * noise, norms <= ROW_FACTOR * wrong
+    live, drowned = seen > ROW_FACTOR * noise, norms <= ROW_FACTOR * found.rows
     if bool((live & drowned).any()):
         raise NotStructured("rounding drowns rows that products resolve")
-    alive = norms > ROW_FACTOR * torch.maximum(noise, found.rows)
+    alive = ~drowned & (norms > ROW_FACTOR * noise)
     if not bool(alive.any()):
         return found
     # Where rows differ in scale, a small one's part would pass for the rounding of large ones.
     balanced = equilibrate(matrix[alive][:, alive])
-    scale = torch.zeros_like(norms)
-    scale[alive] = balanced.scale
 
-    def scaled(vector: Vector) -> Vector:
-        return scale * away((scale * vector.to(scale)).to(like))
+    def scaled(product: Matvec) -> Matvec:
+        def inside(vector: Vector) -> Vector:
+            whole = torch.zeros_like(like)
+            whole[alive] = (balanced.scale * vector.to(matrix)).to(like)
+            return balanced.scale * product(whole)[alive].to(matrix)
 
-    vector = vector * alive.to(vector)
-    inside, _ = _departure(scaled, [vector])
-    noise = scale * error((scale * vector.to(scale)).to(like)).abs().to(scale)
-    _judge(inside, balanced.matrix, noise, vector, float(torch.finfo(like.dtype).eps))
+        return inside
+
+    _judge(balanced.matrix, scaled(away), scaled(error), [vectors[0][alive]], eps)
     return found
 
 
 def _departure(
     away: Callable[[Vector], Vector], vectors: list[Vector]
-) -> tuple[Departure, Vector]:
-    """Of E from ``v -> E v``, and E times the first vector."""
-    made = [away(vector) for vector in vectors]
+) -> tuple[Departure, list[Vector], Vector]:
+    """Of E from ``v -> E v``; E times the vectors; and the last unit vector of the iteration."""
     size = len(vectors[0])
-    seen = []
+    made, seen = [away(vector) for vector in vectors], []
     for vector, wrong in zip(vectors, made, strict=True):
         square = float(vector.double().square().sum())
         trace = abs(float(vector.to(wrong) @ wrong)) / square * size
         seen += [float(wrong.norm()) / math.sqrt(square), trace / math.sqrt(size)]
-    step = max(made, key=lambda wrong: float(wrong.norm()))
+    steps, unit = [max(made, key=lambda wrong: float(wrong.norm()))], torch.zeros_like(vectors[0])
     for _ in range(POWER_STEPS):
-        length = float(step.norm())
+        length = float(steps[-1].norm())
         if not 0 < length < math.inf:
             break
-        step = away((step / length).to(vectors[0]))
-        made.append(step)
-        seen.append(float(step.norm()))
-    rows = torch.stack(made).abs().amax(dim=0)
-    return Departure(max(seen), rows), made[0]
+        unit = (steps[-1] / length).to(vectors[0])
+        steps.append(away(unit))
+        seen.append(float(steps[-1].norm()))
+    rows = torch.stack([*made, *steps[1:]]).abs().amax(dim=0)
+    return Departure(max(seen), rows), made, unit
 
 
-def _judge(found: Departure, matrix: Tensor, noise: Vector, vector: Vector, eps: float) -> None:
-    """That certificates which hold the departure are hardly wider than those of products."""
-    length = float(vector.double().norm())
-    norm = max(
-        float(matrix.norm(dim=1).max()), float((matrix @ vector.to(matrix)).norm()) / length
-    )
-    usual = zero_tolerance(norm, len(matrix), eps, float(noise.norm()) / length) / NOISE_FACTOR
-    if not found.block <= max(WIDER * usual, ROUNDING * eps * norm):
+def _judge(
+    matrix: Tensor,
+    away: Callable[[Vector], Vector],
+    error: Callable[[Vector], Vector],
+    vectors: list[Vector],
+    eps: float,
+) -> tuple[Departure, Vector, Vector]:
+    """The departure, E times the first vector, and a product's error there.
+
+    Raises:
+        NotStructured: Certificates that hold the departure are wider than those of products.
+    """
+    found, made, unit = _departure(away, vectors)
+    vector, length = vectors[0], float(vectors[0].double().norm())
+    noise = error(vector).abs().to(matrix)
+    reached = float((matrix @ vector.to(matrix)).norm()) / length
+    norm = max(float(matrix.norm(dim=1).max()), reached)
+
+    def fits(noise: float) -> bool:
+        usual = zero_tolerance(norm, len(matrix), eps, noise) / NOISE_FACTOR
+        return found.block <= max(WIDER * usual, ROUNDING * eps * norm)
+
+    # Rounding may have its direction, too, of which random vectors show little.
+    if not (fits(float(noise.norm()) / length) or fits(float(error(unit).norm()))):
         raise NotStructured("its weights act in other ways, too")
+    return found, made[0], noise

@@ -20,7 +20,7 @@ LARGE = 2**20
 ROWS_AT_ONCE = {"cpu": 2**17, "cuda": 2**23}
 """Numbers that are worked on at once: a processor's cache full, or enough to fill a GPU."""
 
-NONE, MEAN, SUM = 0, 1, 2  # as torch numbers its reductions
+MEAN, SUM = 1, 2  # as torch numbers its reductions
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def large_cross_entropy(threshold: int = LARGE) -> Iterator[None]:
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        usual = 0.0 <= label_smoothing <= 1.0 and reduction in (NONE, MEAN, SUM)
+        usual = 0.0 <= label_smoothing <= 1.0
         if not usual or not _applies(input, target, weight, ignore_index, threshold):
             result: Tensor = own(input, target, weight, reduction, ignore_index, label_smoothing)
             return result

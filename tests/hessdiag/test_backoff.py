@@ -97,6 +97,7 @@ def test_a_batch_that_lacks_memory_is_halved_until_it_fits(short):
     assert found["trace"].value == pytest.approx(plain["trace"].value, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_batch_of_which_not_one_row_fits_fails_its_row_and_no_other(short):
     short["rows"] = 0
     run = analyze(task(), blocks=["0", "2"], exact_limit=100)

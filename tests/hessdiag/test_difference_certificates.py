@@ -16,7 +16,7 @@ from hessdiag.network import Network, Row
 from hessdiag.opened import Opened
 from hessdiag.options import make_options
 from hessdiag.run import VariantResult
-from hessdiag.solve import solve_exact
+from hessdiag.solve import Budget, solve_exact, solve_matrix_free
 from hessdiag.solve.problem import noise_vector
 from hessdiag.variants.coordinates import Diagonal
 from hessdiag.variants.scene import Built
@@ -38,10 +38,20 @@ def unseen():
     return found / found.norm()
 
 
+ROUND = 2 * torch.eye(SIZE, dtype=torch.float64)
+
+
+def leaning():
+    """A matrix of rank one with eigenvalue 2, half along what is not seen and half across it."""
+    across = noise_vector(SCALE, seed=0, name=WHOLE, index=0)
+    both = unseen() + across / across.norm()
+    return torch.outer(both, both)
+
+
 @contextmanager
-def opened(networks, **options):
-    """The block of ``|p|²``, whose Hessian is 2 I."""
-    task = quadratics.quadratic_task(2 * torch.eye(SIZE, dtype=torch.float64))
+def opened(networks, matrix, **options):
+    """The block of ``½ pᵀAp``."""
+    task = quadratics.quadratic_task(matrix)
     (chosen,) = find_blocks(task.model, (WHOLE,))
     with networks.lent(task) as (objective, _):
         asked = make_options(engine="difference", blocks=WHOLE, **options)
@@ -77,7 +87,7 @@ def off(monkeypatch):
 
 def test_intervals_hold_errors_of_the_matrix_that_its_noise_does_not_show(networks, off):
     off("matrix")
-    with opened(networks) as block:
+    with opened(networks, ROUND) as block:
         found, _ = block.solve()
     assert block.problem.noise.block < 1e-12
     for name, truth in {"lambda_max": 2.0, "trace": 2.0 * SIZE, "frobenius": 24**0.5}.items():
@@ -89,7 +99,7 @@ def test_intervals_hold_errors_of_the_matrix_that_its_noise_does_not_show(networ
 
 def test_intervals_hold_such_errors_in_other_coordinates(networks, off):
     off("matrix")
-    with opened(networks) as block:
+    with opened(networks, ROUND) as block:
         raw, _ = block.solve()
         row = VariantResult(raw.values, raw.spectrum, raw.rows)
         found, _ = block.solve_in(Built(Diagonal(SCALE)), row, SCALED, decoupled=False)
@@ -102,15 +112,17 @@ def test_intervals_hold_such_errors_in_other_coordinates(networks, off):
     assert (found.rows["norm_high"] >= truth.numpy()).all()
 
 
-def test_errors_that_only_later_products_show_widen_the_ends(networks, off):
+def test_errors_that_only_later_products_show_widen_the_intervals(networks, off):
     off("products")
-    with opened(networks, exact_limit=0) as block:
-        found, products = block.solve()
+    matrix = leaning()
+    with opened(networks, matrix, exact_limit=0) as block:
+        found, _ = block.solve()
     assert block.problem.noise.block < 1e-12
-    for name in ("lambda_max", "lambda_min"):
-        assert found.values[name].low <= 2.0 <= found.values[name].high
-        assert found.values[name].high - found.values[name].low < 100 * OFF
-    assert products > 0
+    for name, truth in {"lambda_max": 2.0, "lambda_min": 0.0, "trace": 2.0}.items():
+        assert found.values[name].low <= truth <= found.values[name].high
+        assert found.values[name].high - found.values[name].low < 300 * OFF
+    assert (found.rows["diagonal_low"] <= matrix.diagonal().numpy()).all()
+    assert (found.rows["diagonal_high"] >= matrix.diagonal().numpy()).all()
 
 
 def coarse(matrix, rows, noise):
@@ -120,10 +132,15 @@ def coarse(matrix, rows, noise):
     return replace(problem, noise=told)
 
 
-def test_an_eigenvalue_within_the_errors_of_differences_may_have_either_sign():
+@pytest.mark.parametrize("told", ["products", "entries"])
+def test_an_eigenvalue_within_the_errors_of_differences_may_have_either_sign(told):
     off_diagonal = 1 - 1e-6  # eigenvalues 1e-6 and 2
     matrix = torch.tensor([[1, off_diagonal], [off_diagonal, 1]], dtype=torch.float64)
-    found = solve_exact(matrix, coarse(matrix, [1e-6, 1e-6], 1e-6)).values
+    problem = coarse(matrix, [1e-6, 1e-6], 1e-6)
+    if told == "entries":
+        entries = torch.full_like(matrix, 1e-6)
+        problem = replace(coarse(matrix, [0.0, 0.0], 0.0), rounding=entries)
+    found = solve_exact(matrix, problem).values
     assert found["ambiguous"]
     counts = {name: found[f"n_{name}"] for name in ("positive", "negative", "zero")}
     ranges = {name: (count.low, count.high) for name, count in counts.items()}
@@ -132,9 +149,22 @@ def test_an_eigenvalue_within_the_errors_of_differences_may_have_either_sign():
 
 def test_a_row_that_is_zeroed_may_be_as_large_as_what_was_seen_of_it_and_its_error():
     matrix = torch.diag(torch.tensor([1, 1e-6], dtype=torch.float64))
-    solved = solve_exact(matrix, coarse(matrix, [0.0, 1e-7], 1e-10))
+    solved = solve_exact(matrix, coarse(matrix, [0.0, 1e-6], 1e-10))
     least = solved.values["lambda_min"]
     assert solved.values["inactive"] == 1
-    assert least.low <= 0 < 1.1e-6 <= least.high
-    assert solved.rows["norm_high"][1] >= 1.1e-6
+    assert least.low <= 0 < 2e-6 <= least.high
+    assert solved.rows["norm_high"][1] >= 2e-6
     assert solved.values["n_positive"].high == 2
+
+
+def test_truncation_of_one_sign_does_not_cancel_in_a_trace():
+    """Wrong by 400 times the same, of which rounding would leave 20 times that."""
+    size, wrong = 400, 1e-6
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    matrix[0, 0] = 2.0
+    problem = coarse(matrix, [0.0] * size, 1.01 * wrong)
+    problem = replace(problem, noise=replace(problem.noise, seen=torch.ones(size).double()))
+    solved, _ = solve_matrix_free(lambda v: matrix @ v + wrong * v, problem, Budget())
+    trace = solved.values["trace"]
+    assert trace.low <= 2.0 <= trace.high
+    assert trace.high - trace.low < 1000 * wrong

@@ -90,13 +90,13 @@ def check_matrix_free_row(index):
     return sum(missed)
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", [0, 1, 2, 5])
 def test_every_interval_of_an_assembled_block_holds_the_truth(index):
     found, known = check_exact_limit_row(index)
     assert found["lambda_max"].high - found["lambda_max"].low < 1e-6 * abs(known["lambda_max"][0])
 
 
-@pytest.mark.parametrize("index", [0, 1, 2, 3])
+@pytest.mark.parametrize("index", [0, 3])
 def test_the_ends_of_a_matrix_free_block_hold_the_truth(index):
     check_matrix_free_row(index)
 
@@ -185,6 +185,76 @@ def test_neurons_whose_factors_need_a_second_derivative_are_left_out(once):
     assert not any(result.neurons for result in run.hidden["raw"])
 
 
+class UnitRows(torch.autograd.Function):
+    """Each row over its length; its backward cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        length = weight.norm(dim=1, keepdim=True)
+        ctx.save_for_backward(weight / length, length)
+        return weight / length
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        unit, length = ctx.saved_tensors
+        return (gradient - unit * (unit * gradient).sum(dim=1, keepdim=True)) / length
+
+
+class Coarse(torch.autograd.Function):
+    """The identity, whose backward keeps eleven digits behind the point."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return torch.ldexp(torch.ldexp(gradient, EXPONENT).round(), -EXPONENT)
+
+
+EXPONENT, LOSS = torch.tensor(36), nn.CrossEntropyLoss()
+
+
+class Applied(nn.Module):
+    """A function of the input, or of the weights of a layer without bias."""
+
+    def __init__(self, function, shape=None):
+        super().__init__()
+        self.function = function
+        if shape is not None:
+            self.weight = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+
+    def forward(self, x):
+        weight = getattr(self, "weight", None)
+        return self.function(x) if weight is None else x @ self.function(weight).T
+
+
+def test_symmetries_of_what_cannot_be_differentiated_twice_are_found():
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 4, dtype=torch.float64), torch.randint(0, 3, (30,))
+    model = nn.Sequential(Applied(UnitRows.apply, (3, 4)), Applied(differences.Once.apply))
+    found = row(differences.Task(model, [(x, y)], nn.CrossEntropyLoss()))
+    assert found["symmetries"] == ["scale-invariant: 0.weight (3 groups)"]
+
+
+def test_a_gradient_of_few_digits_passes_the_checks_and_its_intervals_hold_the_truth():
+    """Its products are further from symmetric than those of double backward may be."""
+    torch.manual_seed(0)
+    first, last = nn.Linear(4, 3).double(), nn.Linear(3, 3).double()
+    x, y = torch.randn(30, 4, dtype=torch.float64), torch.randint(0, 3, (30,))
+    tasks = [
+        differences.Task(nn.Sequential(first, nn.Tanh(), middle, last), [(x, y)], LOSS)
+        for middle in (Applied(Coarse.apply), nn.Identity())
+    ]
+    matrix, _ = differences.dense(tasks[1])
+    found = row(tasks[0])
+    for name in ("lambda_max", "lambda_min", "trace", "frobenius"):
+        assert holds(found[name], *truths(matrix)[name])
+        assert found[name].high - found[name].low > 1e-6
+
+
 def test_gauss_newton_has_no_differences():
     with pytest.raises(OptionError, match="curvature hessian"):
         analyze(differences.task(0), engine="difference", curvature="ggn")
@@ -217,7 +287,8 @@ def test_a_resumed_run_has_the_same_numbers(tmp_path, monkeypatch):
 
     task = differences.mlp(1)
     whole = analyze(task, engine="difference", variants="raw")
-    keep, kept = Journal.add, []
+    keep, kept, matrices = Journal.add, [], []
+    monkeypatch.setattr(Journal, "keep_matrix", lambda _, matrix: matrices.append(matrix))
 
     def add(self, finished):
         keep(self, finished)
@@ -230,6 +301,7 @@ def test_a_resumed_run_has_the_same_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(Journal, "add", keep)
     resumed = analyze(task, engine="difference", variants="raw", output=tmp_path / "run.h5")
     assert len(kept) == 1
+    assert not matrices  # one without its errors would be taken for exact
     for block in whole.blocks:
         for name in ("lambda_max", "lambda_min", "kappa"):
             again = resumed[block.name].variants["raw"][name]

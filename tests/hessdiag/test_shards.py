@@ -83,6 +83,7 @@ def test_the_merged_file_is_the_finished_analysis(mixed, tmp_path, monkeypatch):
     assert again.to_dict() == merged.to_dict()
 
 
+@pytest.mark.slow
 def test_layers_without_the_matrix_of_whole_have_the_same_numbers(tmp_path):
     """Whose products the rows took is all that differs: each layer is assembled on its own."""
     run = analyze(task(), variants="raw,bnp")
@@ -101,6 +102,7 @@ def test_layers_without_the_matrix_of_whole_have_the_same_numbers(tmp_path):
     assert summary_table(merged).splitlines()[0] == summary_table(run).splitlines()[0]
 
 
+@pytest.mark.slow
 def test_a_killed_shard_is_resumed_by_the_same_command(mixed, tmp_path, monkeypatch):
     run, paths = mixed
     names = [[block.name for block in open_run(path).blocks] for path in paths]
@@ -130,6 +132,7 @@ def test_a_killed_shard_is_resumed_by_the_same_command(mixed, tmp_path, monkeypa
     assert departures(run, merge_runs(paths), EQUAL, SECONDS) == []
 
 
+@pytest.mark.slow
 def test_cosines_and_a_failed_row_are_kept(tmp_path, monkeypatch):
     """The shard of whole has the cosines; a row that failed is computed after the merge."""
     given = task()

@@ -258,6 +258,19 @@ def test_rows_hold_norms_and_diagonal_with_weight_decay_inside_their_bounds():
         assert (rows[name] <= rows[f"{name}_high"]).all()
 
 
+def test_a_live_row_may_have_had_what_zeroed_columns_took_from_it():
+    # Row 2 is within a thousand times its noise, and real.
+    matrix = torch.tensor([[3.0, 0.0, 4.0], [0.0, 2.0, 0.0], [4.0, 0.0, 0.0]], dtype=torch.float64)
+    rows = torch.tensor([0.0, 0.0, 0.01], dtype=torch.float64)
+    found = solve_exact(matrix, quadratics.noiseless(matrix, rows=rows, block=1e-9))
+    assert found.values["inactive"] == 1
+    low, high = found.rows["norm_low"], found.rows["norm_high"]
+    assert (low <= np.array([5.0, 2.0, 4.0])).all()
+    assert (high >= np.array([5.0, 2.0, 4.0])).all()
+    assert high[1] < 2 + 1e-6
+    assert found.rows["diagonal_high"][0] < 3 + 1e-6  # of which nothing was zeroed
+
+
 @pytest.mark.parametrize(
     ("spectrum", "distance", "applies"),
     [

@@ -330,6 +330,19 @@ def test_a_layer_that_some_batches_call_twice_is_left_to_products(eager):
     assert [site.layer.name for site in plan.sites] == ["head"]
 
 
+def test_equal_terms_of_many_samples_are_summed_without_drift(eager):
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.fill_(0.75)
+        model[1].weight.fill_(1.0)
+    data = [(torch.ones(30000, 1), torch.zeros(30000, 1))]
+    with sample_networks.lent(regression(model, data).task) as (objective, named):
+        plan = make_plan(objective, list(named.values()))
+        matrix = structured_matrix(objective, plan, "hessian", step=lambda: None)
+    expected = torch.tensor([[2.0, 3.0], [3.0, 1.125]])  # of (v w)² where w = 0.75 and v = 1
+    assert torch.allclose(matrix, expected.double(), rtol=2e-14, atol=0)
+
+
 def test_products_in_float32_make_a_matrix_right_to_their_precision(eager):
     case = made("classes")
     with sample_networks.lent(case.task, dtype=torch.float32) as (objective, named):

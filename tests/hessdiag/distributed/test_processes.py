@@ -10,7 +10,19 @@ import ranks
 import sample_networks
 from hessdiag import analyze, open_run
 
-SIZES = (2, 3)
+SIZES = (2, pytest.param(3, marks=pytest.mark.slow))
+
+
+def test_three_ranks_multiply_as_one(tmp_path):
+    exact = sample_networks.dense_hessian(sample_networks.make("tanh"))
+    vector = rank_program.probe(len(exact))
+    first, *others = ranks.run_program(3, tmp_path, CORE="1")
+    error = float((first["product"] - exact @ vector).norm())
+    assert error <= 1e-12 * float(exact.norm() * vector.norm())
+    assert len(others) == 2
+    assert all(torch.equal(first["product"], other["product"]) for other in others)
+    assert len(first["rows"]) == 3
+    assert max(first["rows"]) <= min(first["rows"]) + 1
 
 
 @pytest.fixture(scope="module", params=SIZES)

@@ -11,8 +11,12 @@ WANTED = {"loss": 0.7274, "dtype": "float64", "seed": 0, "weight_decay": 1e-3, "
 
 @pytest.mark.parametrize(
     ("dtype", "apart", "same"),
-    [("float64", 1e-13, True), ("float64", 1e-9, False), ("float32", 1e-7, True)]
-    + [("float32", 1e-3, False)],
+    [
+        ("float64", 1e-13, True),
+        ("float64", 1e-9, False),
+        ("float32", 1e-7, True),
+        ("float32", 1e-3, False),
+    ],
 )
 def test_the_same_loss_may_differ_by_the_rounding_of_its_type(dtype, apart, same):
     wanted = WANTED | {"dtype": dtype}
