@@ -44,7 +44,8 @@ def cut(objective: Objective, rows: int) -> Objective:
     parts have not its loss stays whole, whatever its rows; :func:`whole` finds those.
 
     Cost:
-        Twice the loss of all batches that are cut, and of their parts, shared among the ranks.
+        Twice the loss of all batches that are cut, and of their parts, shared among the ranks;
+        gradients of a few of their rows.
     """
     parts: dict[int, list[tuple[Any, float]]] = {}
     for index, (batch, share) in enumerate(objective):
@@ -76,6 +77,7 @@ def _not_sums(objective: Objective, parts: Mapping[int, Sequence[tuple[Any, floa
         own = {index: parts[index] for index in indices[group.rank :: group.size]}
         try:
             found = objective.not_sums(own)
+            found |= {index for index in own.keys() - found if not _few_agree(objective, index)}
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -116,6 +118,17 @@ def _bytes(
 ) -> int:
     alone = replace(objective, batches=_with(objective.batches, [batch], [1.0]), group=Alone())
     return graph_bytes(alone, parameters, BUILD[curvature])
+
+
+def _few_agree(objective: Objective, index: int) -> bool:
+    """Whether a few rows of a batch have the gradient of their halves; no memory is for all."""
+    few = take(objective.batches.items[index], slice(0, 2 * MEASURED_ROWS))
+    if objective.units is None or float(objective.units(few)) <= 0:
+        return True
+    halves = divided([few], [1.0], 2, objective.units).pieces
+    parts = [(piece.batch, piece.share) for half in halves for piece in half]
+    alone = replace(objective, batches=_with(objective.batches, [few], [1.0]))
+    return not alone.not_sums({0: parts}, gradients=True)
 
 
 def _with(batches: Batches, items: Sequence[Any], shares: Sequence[float]) -> Batches:

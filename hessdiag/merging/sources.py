@@ -109,4 +109,4 @@ def command(run: Run, shard: Shard | None) -> str:
         words.append(f"--{option.name.replace('_', '-')}")
         words += [] if value is True else [text]
     words += [] if shard is None else ["--shard", str(shard)]
-    return f"`{shlex.join(words)}`, with the task of the others"
+    return f"`{shlex.join(words)}`, with the checkpoint and the task of the others"

@@ -20,7 +20,8 @@ from hessdiag import Task, analyze
 
 VOCABULARY, WIDTH, DEPTH, LENGTH, HEADS = 50_257, 768, 12, 64, 12
 STEPS = 20
-BLOCKS = ("embed", "layers.6.linear1", "norm")
+BLOCKS = ("embed", "attention=layers.6.self_attn.*", "layers.11.linear2")
+BUDGET = "8G"  # for Krylov bases, and as much for graphs: the same on every machine
 LIMIT = 24 * 2**30
 SPREAD = 0.02  # of the weights, as GPT-2 begins
 
@@ -55,7 +56,9 @@ def main() -> None:
     size = sum(p.numel() for p in model.parameters())
     subject = task(model, VOCABULARY, LENGTH)
     started = time.perf_counter()
-    run = analyze(subject, variants="raw", blocks=BLOCKS, steps=STEPS)
+    run = analyze(
+        subject, variants="raw", blocks=BLOCKS, steps=STEPS, memory_budget=BUDGET, dtype="float64"
+    )
     seconds = time.perf_counter() - started
     print(run, file=sys.stderr)
     record = run.provenance.environment
@@ -68,7 +71,7 @@ def main() -> None:
                     "block": block.name,
                     "n": row["size"],
                     "method": row["method"],
-                    "engine": record["engines"].get(block.name),
+                    "engine": record["engine"].get(block.name),
                     "products": row["products"],
                     "seconds": round(row["seconds"], 1),
                     "lambda_max": [found.low, found.high],

@@ -210,7 +210,7 @@ def test_missing_shards_are_named_with_the_command_that_makes_one(whole):
     assert str(refused.value) == (
         "the shards 2/4, 4/4 are missing; make each like the first: `hessdiag analyze model.pt "
         "--variants raw,bnp --steps 9 --density --iterates 'it/*.pt' --shard 2/4`, "
-        "with the task of the others"
+        "with the checkpoint and the task of the others"
     )
     with pytest.raises(StoreError, match=r"the shard 3/4 is missing; make it by .* --shard 3/4`"):
         merged([first, second, fourth])

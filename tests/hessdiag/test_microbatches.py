@@ -108,10 +108,24 @@ def test_a_perfect_fit_does_not_hide_that_rows_have_weights():
         assert sizes(cut(objective, 4)) == [8]
 
 
+def test_equal_losses_do_not_hide_that_gradients_are_of_the_batch():
+    """A loss divided by its own value is 1 for any rows."""
+
+    def relative(m, batch):
+        loss = F.cross_entropy(m(batch[0]), batch[1])
+        return loss / loss.detach()
+
+    mixed = classes()
+    with lent(Task(mixed.model, mixed.data, relative)) as (objective, _):
+        assert sizes(cut(objective, 4)) == [30, 12]
+
+
 def test_ranks_that_share_the_test_find_what_one_finds():
-    with lent(classes()) as (objective, _):
-        for size in (2, 3):
-            assert sizes(cut(replace(objective, group=InTurn(size)), 4)) == [30, 4, 4, 4]
+    mixed = classes()
+    data = [mixed.data[1], mixed.data[0], mixed.data[0]]
+    with lent(Task(mixed.model, data, mixed.loss)) as (objective, _):
+        for size in (1, 2, 3):
+            assert sizes(cut(replace(objective, group=InTurn(size)), 4)) == [4, 4, 4, 30, 30]
 
 
 def relief(task, **options):

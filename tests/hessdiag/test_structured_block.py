@@ -13,6 +13,7 @@ from hessdiag.block_hessian import BlockHessian
 from hessdiag.blocks import WHOLE, Block
 from hessdiag.curvature.structured import sites
 from hessdiag.network import Network, Row
+from hessdiag.opened import Opened
 from hessdiag.options import make_options
 from hessdiag.solve.problem import Noise
 from sample_networks import Case, cross_entropy, mse, pairs, regression
@@ -137,7 +138,12 @@ def test_the_certificate_holds_the_norm_and_the_trace_of_what_the_structure_miss
 
     monkeypatch.setattr(structured_block, "structured_matrix", spoiled)
     monkeypatch.setattr(structured_block, "ROUNDING", 1e3)
-    hessian = whole(case)
+    with sample_networks.lent(case.task) as (objective, named):
+        network = Network(objective, make_options(), lambda event: None)
+        block = Block(WHOLE, tuple(named), 48)
+        opened = Opened(network, block, Row(WHOLE, (1, 1)))
+        hessian, _ = opened.hessian, opened.matrix
+        assert opened.problem.noise.block >= hessian.departure.block
     assert hessian.engine_name == "structure"
     assert hessian.departure.block >= 0.7 * size * least * (1 if least == 1 else (40 / 48) ** 0.5)
     quiet = Noise(torch.zeros_like, 0.0, torch.zeros(48).double(), torch.zeros(48), 0.0)
@@ -163,13 +169,14 @@ def scaled_apart():
     inputs[:, 4:] *= 1e6
 
     def loss(model, batch):
-        return mse(model, batch) + 1e-3 * model.small.weight.sum().square()
+        return mse(model, batch) + 1e-6 * model.small.weight.sum().square()
 
     return Case(Apart(), [(inputs, torch.randn(30, 9).double())], loss, [30.0])
 
 
 def test_a_layer_is_judged_by_its_own_scale_beside_one_a_trillion_times_as_curved(eager):
     case = scaled_apart()
+    assert whole(case).refused == "its weights act in other ways, too"
     run = analyze(case.task, variants="raw", blocks="layer")
     _, _, matrix, _ = dense(case.model, case.data, case.loss, case.weights, case.mode)
     part = matrix[:30, :30]
@@ -208,6 +215,11 @@ def test_a_part_of_the_whole_that_is_wrong_by_itself_is_assembled_again(eager):
         assert (other.matrix.norm(), other.engine_name) == (0.0, "")
         assert other.departure.block == 0.0
     assert layer.refused
+
+
+def test_products_whose_rounding_has_a_direction_do_not_refuse_their_own_matrix(eager):
+    # A layer norm of two features, which are ±1 whatever they were.
+    assert whole(sample_networks.make("encoder layer")).engine_name.startswith("structure")
 
 
 def test_samples_that_interact_are_assembled_by_products(eager):

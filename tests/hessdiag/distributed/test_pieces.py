@@ -146,16 +146,35 @@ def without_any(model, batch):
     return (model(batch).square().mean(1) * counted).sum() / counted.sum()
 
 
-@pytest.mark.parametrize("loss", [weighted, only_together, without_any])
-def test_a_batch_stays_whole_where_its_parts_tell_nothing_or_fail(loss, networks):
-    """They fit perfectly whatever their weights, raise, or have no finite loss."""
+def infinite(model, batch):
+    """Of the second half."""
+    return model(batch).square().mean() + 1 / (batch[:, 0] > 0).sum()
+
+
+def detached(model, batch):
+    """1 for any rows, and its gradient that of the batch."""
+    loss = model(batch).square().mean()
+    return loss / loss.detach()
+
+
+def at_zero(model, batch):
+    """A sum, at the weights of the test alone."""
+    mean = model(batch).square().mean() + 1
+    return mean * len(batch) if not model.weight.any() else mean
+
+
+@pytest.mark.parametrize(
+    "loss", [weighted, only_together, without_any, infinite, detached, at_zero]
+)
+def test_a_batch_stays_whole_where_its_parts_differ_in_anything(loss, networks):
+    """They fit perfectly whatever their weights, raise, are not finite, or differ here alone."""
     model = nn.Linear(3, 2)
     inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)).double()
     inputs[:, 0] = torch.arange(8.0) < 4
     wanted = torch.zeros(8, 2)
     batch = (inputs, torch.arange(1.0, 9.0), wanted) if loss is weighted else inputs
     with torch.no_grad():
-        for parameter in model.parameters() if loss is weighted else ():
+        for parameter in model.parameters() if loss in (weighted, at_zero) else ():
             parameter.zero_()
     with networks.lent(Task(model, [batch], loss)) as (objective, _):
         first, _ = parts(objective, 2, lambda _: 1.0)
