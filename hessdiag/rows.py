@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from hessdiag.backoff import begin_with, patiently, relieve
+from hessdiag.block_hessian import STRUCTURE
 from hessdiag.blocks import WHOLE, Block
 from hessdiag.checkpoint.optimizer import OptimizerState
 from hessdiag.failures import FAILURES, why
@@ -290,14 +291,16 @@ class Rows:
                 # Not kept; assembled again, so that its layers cost no products of their own.
                 opened = Opened(network, whole, Row(row_label(whole.name, bare.key), self._step()))
                 try:
-                    network.take_matrix(whole, opened.matrix, opened.hessian.errors)
+                    matrix, errors = opened.matrix, opened.hessian.errors
+                    network.take_matrix(whole, matrix, errors, sure=network.sure)
                 except FAILURES as error:  # its layers are assembled one by one
                     network.told(error, "the matrix of the whole network")
             return
         matrix = self.journal.load_matrix(whole.size)
         if matrix is not None:
             device = network.named[whole.parameters[0]].device
-            network.take_matrix(whole, torch.from_numpy(matrix).to(device))
+            sure = STRUCTURE not in (self.finished[whole.name, bare.key].engine or STRUCTURE)
+            network.take_matrix(whole, torch.from_numpy(matrix).to(device), sure=sure)
 
     def _keep_matrix(self, stage: Stage) -> None:
         """Keep the assembled matrix while rows are left.

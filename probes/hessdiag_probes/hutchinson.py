@@ -132,8 +132,10 @@ def hutchinson(
     product = CountedMatvec(matvec)
     diagonal = torch.zeros(n, dtype=torch.float64, device=device)
     weight, misfit, squares = (torch.zeros_like(diagonal) for _ in range(3))
-    traces: list[Tensor] = []
-    while len(traces) < probes and not (len(traces) >= 2 and stop is not None and stop()):
+    # In one place: small tensors that stay between large ones that go would split the heap.
+    traces = torch.zeros(probes, dtype=torch.float64, device=device)
+    done = 0
+    while done < probes and not (done >= 2 and stop is not None and stop()):
         probe = draw(n, generator=generator, dtype=dtype, device=device)
         rest = probe if deflate is None else _without(deflate.space, probe)
         image = product(rest).double()
@@ -146,11 +148,11 @@ def hutchinson(
         diagonal += surprise * probe / weight
         misfit += surprise.square() * (before / weight)
         squares += image.square()
-        traces.append((rest.double() * image).sum())
+        traces[done] = (rest.double() * image).sum()
+        done += 1
 
     product.look()
-    values = torch.stack(traces).cpu()
-    done = len(traces)
+    values = traces[:done].cpu()
     known = _known(deflate, diagonal)
     trace, trace_error = float(values.mean()) + known.trace, float(values.std()) / math.sqrt(done)
     reach = quadratic_student(done, confidence) * trace_error + known.trace_slack
