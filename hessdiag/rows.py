@@ -296,11 +296,11 @@ class Rows:
                 except FAILURES as error:  # its layers are assembled one by one
                     network.told(error, "the matrix of the whole network")
             return
-        matrix = self.journal.load_matrix(whole.size)
-        if matrix is not None:
+        kept = self.journal.load_matrix(whole.size)
+        if kept is not None:
             device = network.named[whole.parameters[0]].device
             sure = STRUCTURE not in (self.finished[whole.name, bare.key].engine or STRUCTURE)
-            network.take_matrix(whole, torch.from_numpy(matrix).to(device), sure=sure)
+            network.take_matrix(whole, torch.from_numpy(kept).to(device), sure=sure)
 
     def _keep_matrix(self, stage: Stage) -> None:
         """Keep the assembled matrix while rows are left.
