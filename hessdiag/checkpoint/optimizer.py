@@ -89,10 +89,11 @@ def map_optimizer(
             for group in stored
         ]
         class_name = _class_from(groups, raw["state"])
-        own = _build(make_optimizer, model) if make_optimizer is not None else None
-        if own is not None:
-            class_name = _agreed_class(class_name, groups, own)
-        slots, mapped_by = _slots(stored, model, own)
+        with _without_compiler():
+            own = _build(make_optimizer, model) if make_optimizer is not None else None
+            if own is not None:
+                class_name = _agreed_class(class_name, groups, own)
+            slots, mapped_by = _slots(stored, model, own)
         state, group_of = _assign(raw["state"], stored, slots, model)
     except _UnmappableError as reason:
         return OptimizerState(class_name, groups, unmappable=str(reason))
@@ -328,6 +329,22 @@ def _build(make_optimizer: MakeOptimizer, model: nn.Module) -> torch.optim.Optim
             f"not a {type(own).__name__}"
         )
     return own
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Let torch mark nothing for its compiler, which takes seconds to import and is not used."""
+    mark = "__dynamo_disable"
+    methods = (torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.state_dict)
+    inner = [getattr(method, "__wrapped__", None) for method in methods]
+    unmarked = [method for method in inner if method is not None and not hasattr(method, mark)]
+    for method in unmarked:
+        setattr(method, mark, method)
+    try:
+        yield
+    finally:
+        for method in unmarked:
+            delattr(method, mark)
 
 
 @contextmanager

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hessdiag.curvature.engines import BUILD, Recompute
+from hessdiag.curvature.modes import EagerMode
 from hessdiag.curvature.objective import Objective, only
 from hessdiag.names import clean_name
 from hessdiag.options import Curvature
@@ -23,7 +23,7 @@ _TINY = torch.finfo(torch.float32).tiny
 _PIECE = 2**16
 
 
-class Rounded(TorchDispatchMode):
+class Rounded(EagerMode):
     """Rounds the result of every operation in ``dtype`` to fewer bits: narrower arithmetic.
 
     With ``kernels`` an operation on float64 also runs in float32, so that what cancels inside it
@@ -193,7 +193,7 @@ def loss_noise(objective: Objective, *, narrow: bool = False) -> float:
     return 10 * (abs(float(error)) + torch.finfo(dtype).eps * abs(objective.value()))
 
 
-class CastWatcher(TorchDispatchMode):
+class CastWatcher(EagerMode):
     """Notes every module in whose forward, or in whose backward, precision is thrown away.
 
     In the forward only what depends on the parameters counts: a constant that is rounded once

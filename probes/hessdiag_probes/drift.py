@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 
 Array = NDArray[np.float64]
 
@@ -88,6 +87,8 @@ class Drift:
             return math.exp(high) * (1 + 2e-6)
         if low >= high or excess(low) <= 0:
             return math.exp(low)
+        from scipy.optimize import brentq  # slow to import, and rarely needed
+
         capped = float(brentq(lambda s: min(excess(s), 1e300), low, high, xtol=1e-6))
         return math.exp(capped) * (1 + 2e-6)
 

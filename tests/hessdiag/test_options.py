@@ -74,7 +74,7 @@ def test_what_is_no_size_is_refused(value):
         ({"variants": [1, 2]}, "it must be text or a list of text"),
         ({"curvature": "fisher"}, "must be one of hessian, ggn"),
         ({"dtype": "float16"}, "must be one of float64, float32"),
-        ({"engine": "fast"}, "must be one of auto, kept, recompute"),
+        ({"engine": "fast"}, "must be one of auto, kept, linearized"),
         ({"device": "mps"}, "must be auto, cpu, cuda or cuda:N"),
         ({"device": "cuda:x"}, "must be auto, cpu, cuda or cuda:N"),
         ({"exact_limit": -1}, "exact_limit is -1"),

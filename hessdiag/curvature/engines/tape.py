@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from hessdiag.curvature.modes import EagerMode
 
 aten: Any = torch.ops.aten
 _SAME = {aten.detach.default, aten.alias.default}
@@ -142,7 +143,7 @@ class _Recorded:
     writes: set[int] = field(default_factory=set)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(EagerMode):
     """Notes every operation that an input enters, directly or through others."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
