@@ -46,9 +46,7 @@ def crosscheck(
     ] = "float64",
     seed: Annotated[int, Option(help="Of random vectors and of the drawn subset.")] = 0,
     batch_size: Annotated[int | None, Option(help="Cut the data into batches of N rows.")] = None,
-    max_examples: Annotated[
-        int | None, Option(help="Take N rows, drawn with the seed.")
-    ] = None,
+    max_examples: Annotated[int | None, Option(help="Take N rows, drawn with the seed.")] = None,
     engine: Annotated[
         str,
         Option(
