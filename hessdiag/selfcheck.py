@@ -23,6 +23,7 @@ from hessdiag.data import convert
 from hessdiag.difference_checks import check_agreement, check_symmetry, notice
 from hessdiag.errors import SelfCheckFailed
 from hessdiag.options import Curvature, EngineName
+from hessdiag.slope_check import check_slope
 from hessdiag_probes.random import generator, rademacher
 from hessdiag_probes.types import Vector
 
@@ -34,7 +35,6 @@ STEPS = {
     torch.float32: (1e-2, 3e-3, 1e-3, 1e-4, 1e-5, 3e-6, 1e-6, 3e-7),
 }
 FAR_STEPS = (3e-4, 3e-3, 3e-2)  # for a curvature that is small beside the gradient
-SLOPE_LIMIT = 1e-2
 NOISE_FACTOR = 1e3
 KINK_MOVE = {torch.float64: 1e-6, torch.float32: 1e-4}
 
@@ -221,30 +221,14 @@ def _repeatability(subject: _Subject) -> Check:
 
 
 def _slope(subject: _Subject) -> Check:
-    """The gradient against differences of the loss along a random direction.
-
-    The second derivative cannot tell that the first one misses a part of the loss. An error
-    counts beyond rounding, relative to what a random direction sees of the gradient.
-    """
-    objective, parameters = subject.objective, subject.parameters
-    gradient = objective.gradient(parameters)
     sign = subject.vector("slope")
-    unit = sign / sign.norm() * subject.length
-    claimed = float(gradient @ unit)
-    noise = loss_noise(objective, narrow=subject.precision != sign.dtype)
-    seen = float(gradient.norm()) * subject.length / sign.numel() ** 0.5
-    best = float("inf")
-    for step in STEPS[subject.precision]:
-        with moved(parameters, step * unit):
-            ahead = objective.value()
-        with moved(parameters, -step * unit):
-            behind = objective.value()
-        found = (ahead - behind) / (2 * step)
-        error = max(abs(found - claimed) - noise / step, 0.0)
-        best = min(best, error / max(seen, abs(found)) if error else 0.0)
-        if best < 0.01 * SLOPE_LIMIT:
-            break
-    return Check(best, SLOPE_LIMIT, best < SLOPE_LIMIT)
+    return check_slope(
+        subject.objective,
+        subject.parameters,
+        sign / sign.norm() * subject.length,
+        steps=STEPS[subject.precision],
+        noise=loss_noise(subject.objective, narrow=subject.precision != sign.dtype),
+    )
 
 
 def _symmetry(subject: _Subject, parameters: Sequence[nn.Parameter] | None = None) -> Check:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from hessdiag.errors import SelfCheckFailed
+from hessdiag import Task
+from hessdiag.errors import InputError, SelfCheckFailed
 from hessdiag.selfcheck import run_selfchecks
 
 
@@ -332,3 +333,24 @@ def test_checks_leave_the_objective_as_it_was(networks):
 def test_a_seed_decides_every_number(networks):
     task = networks.make("tanh").task
     assert check(task, networks) == check(task, networks)
+
+
+def logarithm(least):
+    class Power(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([least, 0.3, 0.2]))
+
+        def forward(self, x):
+            return x
+
+    return Task(Power(), [torch.ones(1)], lambda model, _: -model.weight.log().sum())
+
+
+def test_a_loss_that_is_not_finite_a_step_away_is_told_so(networks):
+    with pytest.raises(InputError, match="finite at the weights, but not at 3e-08"):
+        check(logarithm(1e-9), networks)
+
+
+def test_a_loss_that_is_finite_only_near_the_weights_is_checked_there(networks):
+    assert check(logarithm(3e-6), networks).slope.passed
