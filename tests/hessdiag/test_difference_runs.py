@@ -12,6 +12,7 @@ from hessdiag.errors import OptionError, SelfCheckFailed
 from tests.support import differences
 
 EPS = 2.2e-16
+PROBLEMS = 60  # two hundred hold, too, in four minutes
 
 
 def row(task, **options):
@@ -102,15 +103,15 @@ def test_the_ends_of_a_matrix_free_block_hold_the_truth(index):
 
 
 @pytest.mark.slow
-def test_every_interval_holds_the_truth_on_two_hundred_problems():
-    for index in range(200):
+def test_every_interval_holds_the_truth_on_many_problems():
+    for index in range(PROBLEMS):
         check_exact_limit_row(index)
 
 
 @pytest.mark.slow
-def test_matrix_free_intervals_hold_the_truth_on_two_hundred_problems():
-    missed = sum(check_matrix_free_row(index) for index in range(200))
-    assert missed <= 36  # of 400 at 5 %: mean 20, and 3.7 standard deviations
+def test_matrix_free_intervals_hold_the_truth_on_many_problems():
+    missed = sum(check_matrix_free_row(index) for index in range(PROBLEMS))
+    assert missed <= 15  # of 120 at 5 %: mean 6, and 3.7 standard deviations
 
 
 @pytest.fixture(scope="module")
