@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hessdiag.checkpoint import Checkpoint
-    from hessdiag.estimate import Estimate
+    from hessdiag.estimated import Estimate
     from hessdiag.resolve import Resolution
 
 ROWS = 40

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.cells import cell_len
 from rich.text import Text
 
-from hessdiag.estimate import BlockEstimate, Estimate
+from hessdiag.estimated import BlockEstimate, Estimate
 from hessdiag.plain import printable
 from hessdiag.tables.columns import GAP
 from hessdiag.tables.labels import shortened

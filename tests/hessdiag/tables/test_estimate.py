@@ -3,7 +3,7 @@
 import pytest
 from rich.cells import cell_len
 
-from hessdiag.estimate import BlockEstimate, Estimate
+from hessdiag.estimated import BlockEstimate, Estimate
 from hessdiag.tables.estimate import duration, estimate_table, size
 
 MADE = Estimate(
